@@ -1,0 +1,52 @@
+PYTHON ?= python3
+RECIPE ?= smollm2_135m_to_100m
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export MINITRON_TEST_DATA := $(abspath $(or $(MINITRON_TEST_DATA),../shared/data))
+WIKITEXT := $(wildcard $(MINITRON_TEST_DATA)/text/wikitext2_test.joined.txt)
+
+.PHONY: help install demo test test-slow test-gpu lint check bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED)  ## create .venv with everything that the demo and the tests need
+
+$(INSTALLED): setup.py constraints.txt demo-packages.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --no-deps -r demo-packages.txt
+	touch $@
+
+demo: install  ## compress a real model from end to end: RECIPE=smollm2_135m_to_100m ARGS='train.steps=100 ...'
+ifeq ($(WIKITEXT),)
+	@echo "WikiText-2 is left out; for its column give ARGS='eval.texts.wikitext2=FILE' with the raw test split as a .txt file."
+endif
+	$(BIN)/minitron compress recipe=$(RECIPE) $(if $(WIKITEXT),'eval.texts.wikitext2="$(WIKITEXT)"') $(ARGS)
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: install  ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+
+test-gpu: install  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no GPU tests"; }
+
+lint: install  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## lint and the fast tests, the import directions among them
+
+bench: install  ## run every benchmark; tables on the console, JSON under runs/benchmarks
+	mkdir -p runs/benchmarks
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
+
+clean:  ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""What an architecture costs, from the table: parameters, FLOPs, bytes."""
+
+import dataclasses
+
+from minitron.arch.arch import Arch
+from minitron.arch.axes import VOCAB, count_parameters, dim_size, parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """`flops_per_token`: multiply-adds counted as two, one forward pass, attention at full length `seq_length` included."""
+
+    parameters: int
+    embedding_parameters: int
+    flops_per_token: int
+    kv_cache_bytes_per_token: int
+
+
+def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
+    """Costs of one forward pass of `arch` per token, at sequences of `seq_length` tokens."""
+    embedding = sum(
+        dim_size(row.dims[0], arch) * dim_size(row.dims[1], arch) for row, _ in parameters(arch) if row.dims[0] == VOCAB
+    )
+    total = count_parameters(arch)
+    # every matrix is one multiply-add per element and token; the embedding is a lookup, the head (tied or not) a product
+    matrices = total - embedding + arch.vocab_size * arch.hidden_size
+    attention = arch.num_layers * 2 * seq_length * arch.num_attention_heads * arch.kv_channels
+    return Counts(
+        parameters=total,
+        embedding_parameters=embedding,
+        flops_per_token=2 * (matrices + attention),
+        kv_cache_bytes_per_token=2 * arch.num_layers * arch.num_query_groups * arch.kv_channels * bytes_per_element,
+    )

@@ -1,0 +1,1 @@
+"""Settings: one frozen dataclass per group, checked on construction; composed with Hydra."""

@@ -1,0 +1,176 @@
+"""Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
+
+This file is the only place where a default lives; the YAML files under `configs/` hold choices that differ from it.
+`setting(default, "meaning", ...)` carries what `--help` prints and the simple checks.
+"""
+
+import dataclasses
+from typing import Any
+
+from minitron.errors import refuse
+
+MISSING: Any = "???"  # Hydra's mark for a setting without a default
+
+
+def setting(default: Any, help: str, *, allowed: tuple[Any, ...] | None = None, least: float | None = None, above: float | None = None,
+            most: float | None = None) -> Any:  # fmt: skip
+    """A dataclass field with its meaning and its checks: one of `allowed`, >= `least`, > `above`, <= `most`."""
+    metadata = {"help": help, "allowed": allowed, "least": least, "above": above, "most": most}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(group: Any, prefix: str) -> None:
+    """Hold every value of a group against its field's checks; the first that fails is refused by its full name."""
+    for field in dataclasses.fields(group):
+        value, rule = getattr(group, field.name), field.metadata
+        if value is None or not rule:
+            continue
+        name = f"{prefix}{field.name}"
+        if rule["allowed"] is not None and value not in rule["allowed"]:
+            raise refuse(name, value, f"one of {', '.join(map(str, rule['allowed']))} is needed")
+        if rule["least"] is not None and value < rule["least"]:
+            raise refuse(name, value, f"at least {rule['least']} is needed")
+        if rule["above"] is not None and value <= rule["above"]:
+            raise refuse(name, value, f"more than {rule['above']} is needed")
+        if rule["most"] is not None and value > rule["most"]:
+            raise refuse(name, value, f"at most {rule['most']} is allowed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    dir: str = setting(MISSING, "folder that receives every file of this run; the same command continues in it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str = setting(MISSING, "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Sizes of the compressed model: a size (whole number), a kept fraction (between 0 and 1), or null to leave the axis alone."""
+
+    num_layers: int | float | None = setting(None, "transformer layers to keep", above=0)
+    hidden_size: int | float | None = setting(None, "width of the residual stream", above=0)
+    ffn_hidden_size: int | float | None = setting(None, "MLP neurons per layer", above=0)
+    num_attention_heads: int | float | None = setting(None, "query heads per layer, the same number in every KV group", above=0)
+    num_query_groups: int | float | None = setting(None, "KV groups per layer", above=0)
+    num_moe_experts: int | float | None = setting(None, "experts per layer (mixture-of-experts models)", above=0)
+    multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    tp: int = setting(1, "tensor-parallel ranks", least=1)
+    pp: int = setting(1, "pipeline stages", least=1)
+    vpp: int = setting(1, "virtual stages (model chunks) per pipeline rank", least=1)
+    cp: int = setting(1, "context-parallel ranks", least=1)
+    ep: int = setting(1, "expert-parallel ranks", least=1)
+    sp: bool = setting(False, "sequence parallelism: activations outside the matrices split over the tensor ranks")
+    timeout_minutes: int = setting(30, "a collective that waits longer than this ends the run", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherParallel:
+    tp: int | None = setting(None, "tensor-parallel ranks of the teacher (null: the student's)", least=1)
+    pp: int | None = setting(None, "pipeline stages of the teacher (null: the student's)", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    path: str | None = setting(None, "the teacher, in the forms of model.path (null: the model that was compressed)")
+    parallel: TeacherParallel = dataclasses.field(default_factory=TeacherParallel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A source is a file or folder (.txt .jsonl .jsonl.gz .json .parquet, or a prefix of prepared .bin/.idx), a hub id, package:NAME/FILE, or a
+    blend `weight source weight source ...`."""
+
+    train: str = setting(MISSING, "text to distil and train on")
+    valid: str | None = setting(None, "held-out text (null: documents held out of data.train)")
+    calibration: str | None = setting(None, "text to measure importance on (null: documents of data.train)")
+    text_key: str = setting("text", "field that holds the text in jsonl, json and parquet sources")
+    valid_fraction: float = setting(0.05, "share of the documents of data.train held out when data.valid is null", above=0, most=0.5)
+    workers: int = setting(1, "processes that tokenise", least=1)
+    split: str = setting("train", "split to read of a hub data set")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    samples: int = setting(1024, "packed sequences to measure importance on", least=1)
+    seq_length: int = setting(512, "tokens per calibration sequence", least=2)
+    micro_batch_size: int = setting(1, "sequences per forward pass", least=1)
+    criterion: str = setting("activation", "what ranks the units", allowed=("activation", "magnitude", "random"))
+    batch_agg: str = setting("l2", "aggregation over samples", allowed=("l2", "mean", "var"))
+    seq_agg: str = setting("mean", "aggregation over a sample's tokens, done first", allowed=("mean", "l2", "var"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    loss: str = setting("forward_kl", "distillation loss on the logits", allowed=("forward_kl",))
+    temperature: float = setting(1.0, "temperature of both distributions; the loss is scaled by its square", above=0)
+    chunk_tokens: int = setting(128, "tokens whose logits exist at one time inside the loss", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = setting(1000, "optimizer steps", least=1)
+    global_batch_size: int = setting(32, "sequences per step over all ranks", least=1)
+    micro_batch_size: int = setting(1, "sequences per forward pass of a rank", least=1)
+    seq_length: int = setting(1024, "tokens per sequence", least=2)
+    lr: float = setting(1e-4, "peak learning rate", above=0)
+    min_lr: float = setting(1e-5, "learning rate at the end of the decay", least=0)
+    warmup_steps: int = setting(40, "steps of linear warm-up", least=0)
+    schedule: str = setting("cosine", "decay after the warm-up", allowed=("cosine", "linear", "constant"))
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", least=0)
+    beta1: float = setting(0.9, "Adam's first decay", least=0, most=0.9999)
+    beta2: float = setting(0.95, "Adam's second decay", least=0, most=0.99999)
+    clip_grad: float = setting(1.0, "gradients are scaled down to this norm (0: never)", least=0)
+    save_interval: int = setting(500, "steps between checkpoints", least=1)
+    eval_interval: int = setting(100, "steps between validations", least=1)
+    eval_tokens: int = setting(16384, "tokens of data.valid that one validation reads", least=1)
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.micro_batch_size:
+            raise refuse("train.global_batch_size", self.global_batch_size, f"a multiple of train.micro_batch_size={self.micro_batch_size} is needed")
+        if self.min_lr > self.lr:
+            raise refuse("train.min_lr", self.min_lr, f"at most train.lr={self.lr} is allowed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    texts: dict[str, str] = setting({}, "further texts to report loss and perplexity on, as name: source")
+    seq_length: int | None = setting(None, "tokens per window, not overlapping (null: train.seq_length)", least=2)
+    tokens: int = setting(65536, "tokens of each text to read", least=1)
+    micro_batch_size: int = setting(4, "windows per forward pass", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    interval: int = setting(1, "steps between lines of metrics.jsonl", least=1)
+    progress: bool = setting(True, "progress bars on the console")
+    wandb: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
+    wandb_project: str = setting("minitron", "project of the wandb run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole of a run's settings."""
+
+    run: Run = dataclasses.field(default_factory=Run)
+    model: Model = dataclasses.field(default_factory=Model)
+    target: Target = dataclasses.field(default_factory=Target)
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
+    teacher: Teacher = dataclasses.field(default_factory=Teacher)
+    data: Data = dataclasses.field(default_factory=Data)
+    calibrate: Calibrate = dataclasses.field(default_factory=Calibrate)
+    distill: Distill = dataclasses.field(default_factory=Distill)
+    train: Train = dataclasses.field(default_factory=Train)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+    device: str = setting("auto", "where to compute; auto takes a GPU where there is one", allowed=("auto", "cpu", "cuda"))
+    dtype: str = setting("bf16", "type of weights and activations; gradients and optimizer state are fp32", allowed=("bf16", "fp32"))
+    seed: int = setting(1234, "seed of every random choice", least=0)

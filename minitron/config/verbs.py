@@ -1,0 +1,61 @@
+"""What each verb is for, the groups of settings it reads and those it cannot do without."""
+
+import dataclasses
+from typing import NamedTuple
+
+from minitron.config.schema import Target
+
+AXES = " | ".join(f"target.{field.name}" for field in dataclasses.fields(Target) if field.default is None)
+COMMON = ("device", "dtype", "seed")
+
+
+class Verb(NamedTuple):
+    """`needs` names settings without which the verb is refused; `a | b` means at least one of them."""
+
+    summary: str
+    groups: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+VERBS: dict[str, Verb] = {
+    "compress": Verb(
+        "the whole pipeline: calibrate, prune, distill, evaluate, export and report; continues where it stopped",
+        ("run", "model", "target", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train", AXES),
+    ),
+    "data": Verb(
+        "tokenise text into Megatron's indexed files",
+        ("run", "model", "data", "seed"),
+        ("run.dir", "model.path", "data.train"),
+    ),
+    "calibrate": Verb(
+        "measure how much every unit of every axis matters, with forward passes alone",
+        ("run", "model", "data", "calibrate", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train | data.calibration"),
+    ),
+    "prune": Verb(
+        "cut the model down to the target's sizes, keeping the units that matter most",
+        ("run", "model", "target", "calibrate", "parallel", *COMMON),
+        ("run.dir", "model.path", AXES),
+    ),
+    "distill": Verb(
+        "retrain the pruned model to match the teacher's predictions",
+        ("run", "model", "data", "teacher", "distill", "train", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train"),
+    ),
+    "evaluate": Verb(
+        "loss and perplexity of the teacher, the pruned model and the student",
+        ("run", "model", "data", "teacher", "train", "eval", "parallel", *COMMON),
+        ("run.dir", "model.path", "data.train | data.valid | eval.texts"),
+    ),
+    "export": Verb(
+        "write the student as a Hugging Face folder that transformers and vLLM load as it is",
+        ("run", "model", "parallel", *COMMON),
+        ("run.dir", "model.path"),
+    ),
+    "report": Verb(
+        "one self-contained page about the run: sizes, importance, loss curves, evaluation",
+        ("run",),
+        ("run.dir",),
+    ),
+}

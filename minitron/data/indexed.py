@@ -1,0 +1,55 @@
+"""Megatron's indexed datasets: a .bin of token ids, document after document, and an .idx of their lengths. All of data/ that imports megatron."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from minitron.errors import RequestError, refuse
+
+with warnings.catch_warnings():  # megatron's import warns of GPU libraries that no dataset uses
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets import helpers
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+
+__all__ = ["DType", "GPTDataset", "GPTDatasetConfig", "IndexedDataset", "IndexedDatasetBuilder", "Split", "helpers", "open_indexed", "read_tokens"]
+
+# the header of an .idx file, as Megatron defines it; the lengths (int32), byte offsets (int64) and document boundaries (int64) follow
+_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("boundaries", "<u8")])
+_TOKEN_TYPES = {code.value: np.dtype(code.name) for code in DType if np.dtype(code.name).kind in "iu"}
+
+
+def open_indexed(prefix: Path, setting: str) -> IndexedDataset:
+    """Open `prefix`.bin/.idx, memory-mapped. Raises RequestError, naming `setting`, where they are absent, not Megatron's, truncated or empty."""
+    tokens = Path(f"{prefix}.bin")
+    index = Path(f"{prefix}.idx")
+    try:
+        header = np.fromfile(index, _HEADER, 1)
+        # checked here since megatron asserts, and its half-built object then complains on the console
+        if not len(header) or header["magic"][0] != b"MMIDIDX" or header["version"][0] != 1 or int(header["dtype"][0]) not in _TOKEN_TYPES:
+            raise refuse(setting, prefix, f"{index.name} is not an index of token ids that Megatron wrote")
+        sequences, boundaries = int(header["sequences"][0]), int(header["boundaries"][0])
+        if index.stat().st_size < _HEADER.itemsize + 12 * sequences + 8 * boundaries:
+            raise refuse(setting, prefix, f"{index.name} is truncated")
+        lengths = np.fromfile(index, np.int32, sequences, offset=_HEADER.itemsize)
+        expected = int(lengths.sum(dtype=np.int64)) * _TOKEN_TYPES[int(header["dtype"][0])].itemsize
+        if tokens.stat().st_size != expected:
+            raise refuse(setting, prefix, f"{tokens.name} has {tokens.stat().st_size} bytes where {index.name} tells of {expected}")
+    except OSError as error:
+        raise RequestError(f"{setting}={prefix}: cannot be read: {error.strerror or error}") from error
+    if not expected:
+        raise refuse(setting, prefix, "holds no tokens")
+    return IndexedDataset(str(prefix))
+
+
+def num_tokens(indexed: IndexedDataset) -> int:
+    """Tokens of all documents."""
+    return int(indexed.sequence_lengths.sum(dtype=np.int64))
+
+
+def read_tokens(indexed: IndexedDataset, start: int, count: int) -> np.ndarray:
+    """Tokens start ... start + count - 1 of all documents put one after another, as int64 [count]."""
+    dtype = indexed.index.dtype
+    return indexed.bin_reader.read(dtype=dtype, count=count, offset=start * np.dtype(dtype).itemsize).astype(np.int64)

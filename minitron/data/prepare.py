@@ -1,0 +1,200 @@
+"""Sources -> `run.dir/data/`: .bin/.idx files of the splits train, valid, calibration and text_NAME, and manifest.json.
+
+valid is data.valid or, where that is null, documents held out of data.train (holdout.py), which train then lacks. calibration is data.calibration or,
+where that is null, the train split itself, never the valid one. Prepared data is used where it lies, unless documents are to be held out of it.
+A restart redoes only the parts whose source, tokenizer or settings changed, or whose files are not there as the manifest says.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron.config.schema import Data
+from minitron.data.holdout import hold_out
+from minitron.data.indexed import DType, IndexedDatasetBuilder, num_tokens, open_indexed, read_tokens
+from minitron.data.manifest import Manifest, Part
+from minitron.data.sources import Source, blend, check_located, documents, locate
+from minitron.data.tokenizing import fingerprint, load_tokenizer, num_ids, tokenized
+from minitron.errors import refuse
+from minitron.files import atomic_path, remove, sha256
+
+SPLITS = ("train", "valid", "calibration")
+PROGRESS_DOCUMENTS = 256  # documents between two reports
+SCAN_TOKENS = 1 << 24  # tokens of a .bin file in memory while it is described
+Side = tuple[bool, np.ndarray]  # (held out?, token ids of a document)
+Progress = Callable[[str, int, int], None]  # (name of the part, documents so far, tokens so far)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One source and the parts it gives: (split, part name), the second one for the documents held out of the first."""
+
+    source: Source
+    weight: float
+    parts: tuple[tuple[str, str], ...]
+
+    @property
+    def in_place(self) -> bool:
+        return self.source.kind == "prepared" and len(self.parts) == 1
+
+
+def prepare(data: Data, tokenizer_path: str | Path, folder: Path, *, seed: int, splits: Sequence[str] = SPLITS,
+            texts: Mapping[str, str] | None = None, vocab_size: int | None = None, on_progress: Progress | None = None) -> Manifest:  # fmt: skip
+    """Make `splits`, and a split text_NAME of each of `texts` (name: source), in `folder`; for one process of a run, the others read afterwards.
+
+    `seed` draws the held-out documents. Raises RequestError: a source that `check_source` refuses (before anything is tokenised), no tokens, a
+    token id that a model with `vocab_size` lacks, a full disk.
+    """
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(str(tokenizer_path))
+    jobs = _jobs(data, splits, texts or {})
+    keys = [_made_from(job, data, seed, fingerprint(tokenizer)) for job in jobs]
+    todo = [(job, key) for job, key in zip(jobs, keys, strict=True) if not _is_current(manifest, job, key)]
+    for job, _ in todo:
+        check_located(job.source, data.text_key, data.split)
+    for job, key in todo:
+        for _, name in job.parts:
+            manifest.drop(name)
+        if not job.in_place:
+            manifest.save()  # before the files change: a part that is listed is complete
+            stream, dtype = _token_documents(job, tokenizer, data)
+            sides = hold_out(stream, data.valid_fraction, seed) if len(job.parts) == 2 else ((False, tokens) for tokens in stream)
+            _write(job, manifest.folder, _watched(sides, job, vocab_size, on_progress), dtype)
+        for _, name in job.parts:
+            manifest.parts[name] = _describe(job, name, manifest.folder, key)
+        manifest.save()
+    for split in {split: None for job in jobs for split, _ in job.parts}:
+        manifest.splits[split] = [(name, job.weight) for job in jobs for to, name in job.parts if to == split]
+    if data.calibration is None and any(split == "train" for job in jobs for split, _ in job.parts):
+        manifest.splits["calibration"] = manifest.splits["train"]
+    for job in jobs:
+        for _, name in job.parts:
+            _check_vocabulary(job.source, manifest.parts[name].largest_id, vocab_size)
+    _remove_unused(manifest)
+    manifest.save()
+    return manifest
+
+
+def _jobs(data: Data, splits: Sequence[str], texts: Mapping[str, str]) -> list[Job]:
+    specs = {"train": data.train, "valid": data.valid, "calibration": data.calibration}
+    wanted = [(split, f"data.{split}", spec) for split, spec in specs.items() if split in splits and spec is not None]
+    if "train" not in splits and any(split in splits and specs[split] is None for split in ("valid", "calibration")):
+        wanted.append(("train", "data.train", data.train))
+    for name, spec in texts.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise refuse("eval.texts", name, "a name of letters, digits, _ and - is needed")
+        wanted.append((f"text_{name}", f"eval.texts.{name}", spec))
+    jobs = []
+    for split, setting, spec in wanted:
+        outputs = (split, "valid") if split == "train" and data.valid is None else (split,)
+        sources = blend(spec, setting)
+        for number, (weight, given) in enumerate(sources):
+            suffix = f".{number}" if len(sources) > 1 else ""
+            jobs.append(Job(locate(given, setting), weight, tuple((output, output + suffix) for output in outputs)))
+    return jobs
+
+
+def _made_from(job: Job, data: Data, seed: int, tokenizer: str) -> dict[str, Any]:
+    """What decides the content of a job's files, in JSON's types so that it compares equal after a restart."""
+    stats = [(file.absolute(), file.stat()) for file in job.source.files]
+    return {
+        "source": job.source.name,
+        "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "text_key": None if job.source.kind == "prepared" else job.source.field or data.text_key,
+        "hub_split": data.split if job.source.kind == "hub" else None,
+        "tokenizer": None if job.source.kind == "prepared" else tokenizer,
+        "held_out": {"fraction": data.valid_fraction, "seed": seed} if len(job.parts) == 2 else None,
+    }
+
+
+def _is_current(manifest: Manifest, job: Job, key: dict[str, Any]) -> bool:
+    for _, name in job.parts:
+        part = manifest.parts.get(name)
+        if part is None or part.made_from != key:
+            return False
+        files = {ending: Path(f"{manifest.folder / part.prefix}.{ending}") for ending in ("bin", "idx")}
+        if not all(file.is_file() and file.stat().st_size == part.bytes[ending] for ending, file in files.items()):
+            return False
+    return True
+
+
+def _token_documents(job: Job, tokenizer: Any, data: Data) -> tuple[Iterator[np.ndarray], Any]:
+    """The token ids of a source's documents, and the smallest type of Megatron's that holds them."""
+    if job.source.kind == "prepared":
+        indexed = open_indexed(job.source.prefix, job.source.setting)
+        bounds = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])[indexed.document_indices]
+        spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        return (read_tokens(indexed, start, end - start) for start, end in spans if end > start), indexed.index.dtype
+    return tokenized(tokenizer, documents(job.source, data.text_key, data.split), data.workers), DType.optimal_dtype(num_ids(tokenizer))
+
+
+def _watched(sides: Iterable[Side], job: Job, vocab_size: int | None, on_progress: Progress | None) -> Iterator[Side]:
+    """Pass the documents on, checked against the vocabulary, and report how many went by."""
+    count, total = 0, 0
+    for held_out, tokens in sides:
+        _check_vocabulary(job.source, int(tokens.max()), vocab_size)
+        count, total = count + 1, total + len(tokens)
+        if on_progress and count % PROGRESS_DOCUMENTS == 0:
+            on_progress(job.parts[0][1], count, total)
+        yield held_out, tokens
+    if on_progress:
+        on_progress(job.parts[0][1], count, total)
+
+
+def _write(job: Job, folder: Path, sides: Iterable[Side], dtype: Any) -> None:
+    """Write the files of a job's parts, all complete or all absent."""
+    with contextlib.ExitStack() as stack:
+        files = [[stack.enter_context(atomic_path(folder / f"{name}.{ending}")) for ending in ("bin", "idx")] for _, name in job.parts]
+        builders = [IndexedDatasetBuilder(str(tokens), dtype) for tokens, _ in files]
+        for builder in builders:
+            stack.callback(builder.data_file.close)
+        for held_out, tokens in sides:
+            builders[held_out].add_document(tokens, [len(tokens)])
+        if not all(builder.sequence_lengths for builder in builders):
+            raise job.source.refusal(job.source.given, "holds no text that gives tokens")
+        for builder, (_, index) in zip(builders, files, strict=True):
+            builder.finalize(str(index))
+
+
+def _describe(job: Job, name: str, folder: Path, key: dict[str, Any]) -> Part:
+    """Count and hash the files of a part in one pass over its tokens."""
+    prefix = job.source.prefix if job.in_place else Path(name)
+    path = folder / prefix
+    indexed = open_indexed(path, job.source.setting)
+    tokens, largest, digest = num_tokens(indexed), 0, hashlib.sha256()
+    for start in range(0, tokens, SCAN_TOKENS):
+        block = read_tokens(indexed, start, min(SCAN_TOKENS, tokens - start))
+        largest = max(largest, int(block.max()))
+        digest.update(block.astype(indexed.index.dtype).tobytes())
+    files = {ending: Path(f"{path}.{ending}") for ending in ("bin", "idx")}
+    return Part(
+        prefix=str(prefix),
+        source=job.source.given,
+        documents=len(indexed.document_indices) - 1,
+        tokens=tokens,
+        largest_id=largest,
+        bytes={ending: file.stat().st_size for ending, file in files.items()},
+        sha256={"bin": digest.hexdigest(), "idx": sha256(files["idx"])},
+        made_from=key,
+    )
+
+
+def _check_vocabulary(source: Source, largest: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and largest >= vocab_size:
+        raise source.refusal(source.given, f"token id {largest} is outside the model's vocabulary of {vocab_size}; is it another model's tokenizer?")
+
+
+def _remove_unused(manifest: Manifest) -> None:
+    """Remove the files of parts that no split uses any more (a blend became one source, say), never prepared data that lies elsewhere."""
+    used = {name for rows in manifest.splits.values() for name, _ in rows}
+    for name in set(manifest.parts) - used:
+        part = manifest.parts.pop(name)
+        if part.prefix == name:
+            for ending in ("bin", "idx"):
+                remove(manifest.folder / f"{name}.{ending}")

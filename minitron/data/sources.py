@@ -1,0 +1,274 @@
+"""Text sources: what a source string names, whether it can be read, and its documents one after another.
+
+A source is one of
+    PATH               a file (.txt, .jsonl or .json, each also with .gz, .zst or .bz2 after it, or .parquet), or a folder: every such file below
+                       it, in the order of their paths
+    PATH               the common prefix of a .bin and an .idx file that Megatron's tools or `prepare` made
+    package:NAME/PATH  a file or folder inside an installed Python package
+    ID or ID:CONFIG    a data set of the Hugging Face hub, streamed; what exists locally under that name goes first
+and `SOURCE#FIELD` takes the text from FIELD instead of data.text_key. A blend is `weight source weight source ...`.
+
+Documents: a .txt file is one document, whole and unchanged. A .jsonl line, a .parquet row, a hub record and each record of a .json file (a list of
+records, or an object whose values are records) are a document each. Empty documents are left out.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from minitron.config.schema import MISSING
+from minitron.errors import RequestError, refuse
+from minitron.packages import PREFIX, resolve_package
+
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+CHECKED_FILES = 64  # of a folder: more would make the check before a run slow; the rest is checked as it is read
+CHECKED_BYTES = 64 << 20  # a compressed file up to this size is unpacked once to see that it is whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What the string `given` names. `kind` is files, prepared (`files` = .bin, .idx) or hub; `name` is `given` without its #FIELD."""
+
+    setting: str
+    given: str
+    name: str
+    kind: str
+    files: tuple[Path, ...] = ()
+    field: str | None = None
+
+    @property
+    def prefix(self) -> Path:
+        """What the two files of prepared data have in common."""
+        return self.files[0].with_suffix("")
+
+    def refusal(self, where: object, reason: str) -> RequestError:
+        """The refusal of this source because of the file or record `where`."""
+        return refuse(self.setting, self.given, reason if str(where) == self.given else f"{where}: {reason}")
+
+
+def blend(spec: str, setting: str) -> list[tuple[float, str]]:
+    """`weight source weight source ...` as (weight, source) pairs; anything that does not start with a number is one source."""
+    words = spec.split()
+    if len(words) < 2 or _weight(words[0]) is None or Path(spec).exists():
+        return [(1.0, spec)]
+    weights = [_weight(word) for word in words[::2]]
+    if len(words) % 2 or any(weight is None or not 0 < weight < math.inf for weight in weights):
+        raise refuse(setting, spec, "a blend is `weight source weight source ...` with weights above 0 and no spaces in a source")
+    return [(weight, source) for weight, source in zip(weights, words[1::2], strict=True) if weight is not None]
+
+
+def locate(given: str, setting: str) -> Source:
+    """Find what a source string (not a blend) names, without reading any text. Raises RequestError where there is nothing of the kind."""
+    if given in ("", MISSING):
+        raise refuse(setting, given, "a source of text is needed")
+    name, mark, key = given.rpartition("#")
+    if not mark or Path(given).exists():
+        name, key = given, ""
+    field = key or None
+    path = resolve_package(name, setting) if name.startswith(PREFIX) else Path(name).expanduser()
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    pair = tuple(Path(f"{prefix}{ending}") for ending in (".bin", ".idx"))
+    if any(file.is_file() for file in pair) and not path.is_dir():
+        if missing := [file for file in pair if not file.is_file()]:
+            raise refuse(setting, given, f"{missing[0]} is missing: prepared data is a .bin and an .idx file")
+        return Source(setting, given, name, "prepared", tuple(file.absolute() for file in pair))
+    if path.is_dir():
+        files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) and not _hidden(file.relative_to(path))))
+        if not files:
+            raise refuse(setting, given, f"the folder holds no file that ends in {_endings()}")
+        return Source(setting, given, name, "files", files, field)
+    if path.exists():
+        if not _reader(path):
+            raise refuse(setting, given, f"a file must end in {_endings()}")
+        return Source(setting, given, name, "files", (path,), field)
+    if not HUB_ID.fullmatch(name) or _reader(path):
+        raise refuse(setting, given, "no such file or folder")
+    return Source(setting, given, name, "hub", (), field)
+
+
+def check_source(spec: str, setting: str, text_key: str = "text", split: str = "train") -> None:
+    """See that a source, or each source of a blend, exists and that its first document can be read; cheap, for use before any model is loaded.
+
+    Raises RequestError: nothing there, unreadable, unknown ending, empty, binary or not UTF-8, truncated, or no field `text_key`.
+    """
+    for _, given in blend(spec, setting):
+        check_located(locate(given, setting), text_key, split)
+
+
+def check_located(source: Source, text_key: str = "text", split: str = "train") -> None:
+    """`check_source` of one source that was found."""
+    if source.kind == "prepared":
+        from minitron.data.indexed import open_indexed  # megatron takes seconds to import
+
+        open_indexed(source.prefix, source.setting)
+    elif source.kind == "files":
+        _check_files(source, text_key)
+    elif next(_hub(source, text_key, split), None) is None:
+        raise source.refusal(source.given, f"split {split} holds no text")
+
+
+def documents(source: Source, text_key: str = "text", split: str = "train") -> Iterator[str]:
+    """The documents of a source of text, in order, never more than one file's row group, line or .txt/.json file in memory.
+
+    Raises RequestError, while it runs, for what can't be read.
+    """
+    texts = _hub(source, text_key, split) if source.kind == "hub" else (text for file in source.files for text in _file(source, file, text_key))
+    return (text for text in texts if text)
+
+
+def _check_files(source: Source, text_key: str) -> None:
+    found = False
+    for file in source.files[:CHECKED_FILES]:
+        found |= next((True for text in _file(source, file, text_key) if text), False)
+        if file.suffix.lower() in COMPRESSIONS and file.stat().st_size <= CHECKED_BYTES:
+            with _readable(source, file), pa.input_stream(str(file), compression="detect") as stream:
+                while stream.read(1 << 20):
+                    pass
+    if not found and len(source.files) <= CHECKED_FILES:
+        raise refuse(source.setting, source.given, "holds no text")
+
+
+# ---- readers: (source, file, text key) -> documents ----
+
+
+def _file(source: Source, file: Path, text_key: str) -> Iterator[str]:
+    reader = _reader(file)
+    assert reader is not None, f"locate() let {file} through"
+    with _readable(source, file):
+        yield from reader(source, file, text_key)
+
+
+def _plain(source: Source, file: Path, text_key: str) -> Iterator[str]:
+    with _opened(file) as handle:
+        text = handle.read()
+    if "\0" in text:
+        raise source.refusal(file, "not text: it holds NUL bytes")
+    yield text
+
+
+def _json_lines(source: Source, file: Path, text_key: str) -> Iterator[str]:
+    with _opened(file) as handle:
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise source.refusal(file, f"line {number} is not JSON ({error})") from error
+                yield _text(source, record, text_key, f"line {number} of {file}")
+
+
+def _json(source: Source, file: Path, text_key: str) -> Iterator[str]:
+    with _opened(file) as handle:
+        try:
+            content = json.load(handle)
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            hint = "; a file with one record a line must end in .jsonl" if "Extra data" in str(error) else ""
+            raise source.refusal(file, f"not JSON ({error}){hint}") from error
+    if not isinstance(content, list | dict):
+        raise source.refusal(file, "a list of records, or an object whose values are records, is needed")
+    for name, record in content.items() if isinstance(content, dict) else enumerate(content):
+        yield _text(source, record, text_key, f"record {name} of {file}")
+
+
+def _parquet(source: Source, file: Path, text_key: str) -> Iterator[str]:
+    with pq.ParquetFile(file) as table:
+        key = source.field or text_key
+        # the first row is judged by names and types alone, so that no other column is read
+        _text(source, dict.fromkeys(table.schema_arrow.names), text_key, str(file))
+        kind = table.schema_arrow.field(key).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise source.refusal(file, f"the field {key} holds {kind}, not text")
+        for rows in table.iter_batches(batch_size=1024, columns=[key]):
+            yield from (text or "" for text in rows.column(0).to_pylist())
+
+
+def _hub(source: Source, text_key: str, split: str) -> Iterator[str]:
+    import datasets
+
+    name = HUB_ID.fullmatch(source.name)
+    assert name is not None, f"locate() let {source.name} through"
+    try:
+        for number, record in enumerate(datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)):
+            yield _text(source, record, text_key, f"record {number} of {source.given}")
+    except RequestError:
+        raise
+    except Exception as error:  # the hub's clients raise errors of half a dozen libraries: not found, offline, wrong split, wrong config, ...
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise refuse(source.setting, source.given, f"no such file or folder, and split {split} can't be read from the hub: {reason}") from error
+
+
+READERS: dict[str, Callable[[Source, Path, str], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+
+
+# ---- helpers ----
+
+
+def _reader(file: Path) -> Callable[[Source, Path, str], Iterator[str]] | None:
+    name = file.name.lower()
+    packed = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    reader = READERS.get(Path(name.removesuffix(packed)).suffix)
+    return None if packed and reader is _parquet else reader
+
+
+def _endings() -> str:
+    return ", ".join(READERS) + f" (all but .parquet also with {', '.join(COMPRESSIONS)} after it)"
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _weight(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _text(source: Source, record: Any, text_key: str, where: str) -> str:
+    """The text of one record; a null is an empty document."""
+    key = source.field or text_key
+    if not isinstance(record, dict):
+        raise source.refusal(where, f"a record with the field {key} is needed, not {type(record).__name__}")
+    if key not in record:
+        setting, value = (source.setting, source.given) if source.field else ("data.text_key", text_key)
+        raise refuse(setting, value, f"{where} has no such field; it has {', '.join(map(str, record)) or 'none'}")
+    if not isinstance(record[key], str | None):
+        raise source.refusal(where, f"the field {key} holds {type(record[key]).__name__}, not text")
+    text = record[key] or ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what is no character, and no tokenizer takes it
+        raise source.refusal(where, f"the field {key} holds half a surrogate pair at character {error.start}") from error
+    return text
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file, unpacked by its ending. Line ends are kept as they are; a byte-order mark is dropped."""
+    with pa.input_stream(str(file), compression="detect") as stream:
+        yield io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
+
+
+@contextlib.contextmanager
+def _readable(source: Source, file: Path) -> Iterator[None]:
+    """What the readers raise on a broken file, as one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise source.refusal(file, f"not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason})") from error
+    except (OSError, pa.ArrowException) as error:
+        reason = next(iter(str(getattr(error, "strerror", None) or error).splitlines()), type(error).__name__)
+        raise source.refusal(file, f"cannot be read: {reason}") from error

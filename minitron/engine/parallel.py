@@ -1,0 +1,232 @@
+"""Processes and groups. Nothing else in the project touches Megatron's parallel state.
+
+A run is started by torchrun (or SLURM through it), which sets RANK, WORLD_SIZE and the rendezvous, or as one plain process.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from minitron.config.schema import Parallel
+from minitron.engine.host import on_host
+from minitron.errors import RequestError, refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A rank's place: its device, its groups, and its number inside each of them."""
+
+    device: torch.device
+    rank: int
+    size: int
+    tp: int
+    tp_rank: int
+    pp: int
+    pp_rank: int
+    dp: int
+    dp_rank: int
+    sequence_parallel: bool
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the final norm and the head, and computes losses."""
+        return self.pp_rank == self.pp - 1
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(setting: str) -> torch.device:
+    """`auto` takes this process's GPU where there is one; `cuda` without a GPU is refused."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise refuse("device", setting, "no GPU is visible to torch; use auto or cpu")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def check_layout(parallel: Parallel, world_size: int) -> None:
+    """Refuse a layout that does not fit the number of processes, or that this version can't run."""
+    for name, value in (("vpp", parallel.vpp), ("cp", parallel.cp), ("ep", parallel.ep)):
+        if value != 1:
+            raise refuse(f"parallel.{name}", value, "only 1 is supported")
+    if world_size % (parallel.tp * parallel.pp):
+        raise refuse("parallel.tp", parallel.tp, f"tp x pp = {parallel.tp * parallel.pp} must divide the number of processes, {world_size}")
+    if parallel.sp and parallel.tp == 1:
+        raise refuse("parallel.sp", parallel.sp, "sequence parallelism needs parallel.tp of at least 2")
+
+
+@contextlib.contextmanager
+def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]:
+    """Join the processes of this run, make Megatron's groups, and take both down again on exit."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(parallel, size)
+    device = pick_device(device_setting)
+    with contextlib.ExitStack() as undo:
+        if device.type == "cpu":
+            undo.enter_context(on_host())
+        else:
+            torch.cuda.set_device(device)
+        # Megatron warns of deprecated defaults of its own settings at every model: nothing its user could act on
+        undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        if dist.is_initialized():
+            raise RequestError("a process group exists already: one run per process")
+        undo.callback(_stop)
+        _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes))
+        parallel_state.initialize_model_parallel(
+            parallel.tp,
+            parallel.pp,
+            distributed_timeout_minutes=parallel.timeout_minutes,
+            create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield World(
+            device=device,
+            rank=dist.get_rank(),
+            size=size,
+            tp=parallel.tp,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp=parallel.pp,
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp=parallel_state.get_data_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            sequence_parallel=parallel.sp,
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+
+
+def _join(size: int, device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if size == 1 and "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _stop() -> None:
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -> torch.Tensor | None:
+    """The whole of a tensor on rank 0, None elsewhere. Called by every rank.
+
+    `tensor` is this rank's shard along `dim` (None: every tensor rank holds the same), or None on the pipeline stages that
+    don't hold it. The first data-parallel replica of the first stage that does speaks.
+    """
+    stage = _first_holder(tensor is not None, world)
+    speaks = world.dp_rank == 0 and world.pp_rank == stage
+    whole = None
+    if speaks and tensor is not None:
+        if dim is None or world.tp == 1:
+            whole = tensor
+        else:
+            shards = [torch.empty_like(tensor) for _ in range(world.tp)] if world.tp_rank == 0 else None
+            dist.gather(tensor.contiguous(), shards, dst=dist.get_global_rank(world.groups.tp, 0), group=world.groups.tp)
+            whole = torch.cat(shards, dim) if shards else None
+    if stage > 0 and world.dp_rank == 0 and world.tp_rank == 0:
+        whole = _send_to_first_stage(whole, stage, world)
+    return whole if world.is_main else None
+
+
+def _first_holder(holds: bool, world: World) -> int:
+    """The lowest pipeline stage that holds something."""
+    if world.pp == 1:
+        return 0
+    flag = torch.tensor([world.pp_rank if holds else world.pp], device=world.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=world.groups.pp)
+    return int(flag.item())
+
+
+def _send_to_first_stage(whole: torch.Tensor | None, stage: int, world: World) -> torch.Tensor | None:
+    """Ship a tensor from pipeline stage `stage` to stage 0 (this rank is on one of the two, or not concerned)."""
+    source, target = (dist.get_global_rank(world.groups.pp, s) for s in (stage, 0))
+    box = [None if whole is None else (whole.shape, whole.dtype)]
+    dist.broadcast_object_list(box, src=source, group=world.groups.pp)
+    if world.rank == source and whole is not None:
+        dist.send(whole.contiguous(), dst=target, group=world.groups.pp)
+    if world.rank == target:
+        assert box[0] is not None
+        shape, dtype = box[0]
+        whole = torch.empty(shape, dtype=dtype, device=world.device)
+        dist.recv(whole, src=source, group=world.groups.pp)
+    return whole
+
+
+def sum_over_replicas(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:
+    """Each tensor summed over the data-parallel ranks, in one reduction; all must have one type."""
+    if world.dp == 1 or not tensors:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=world.groups.dp)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def sum_over_tensor_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """A new tensor: the sum over the tensor ranks."""
+    if world.tp == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=world.groups.tp)
+    return total
+
+
+def gather_shards(shard: torch.Tensor, world: World) -> torch.Tensor:
+    """Shards of equal shape, concatenated along their first dim in tensor-rank order, on every tensor rank."""
+    if world.tp == 1:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(world.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=world.groups.tp)
+    return torch.cat(shards)
+
+
+def merge_over_stages(mine: dict[str, torch.Tensor], world: World, add: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """The union of every pipeline stage's named CPU tensors, on every rank; those named in `add` are summed over stages."""
+    if world.pp == 1:
+        return mine
+    parts: list[dict[str, torch.Tensor] | None] = [None] * world.pp
+    dist.all_gather_object(parts, mine, group=world.groups.pp)
+    merged: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, tensor in (part or {}).items():
+            merged[name] = merged[name] + tensor if name in merged and name in add else tensor
+    return merged
+
+
+def broadcast_object(value: object, world: World) -> object:
+    """Rank 0's value, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_model_ranks(value: int, world: World) -> int:
+    """A whole number summed over the tensor and pipeline ranks that together hold one model."""
+    total = torch.tensor([value], dtype=torch.int64, device=world.device)
+    dist.all_reduce(total, group=world.groups.mp)
+    return int(total.item())

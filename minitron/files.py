@@ -1,0 +1,92 @@
+"""Files that are complete or absent: written under a temporary name beside the target, fsynced, renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import RequestError
+
+
+@contextlib.contextmanager
+def os_errors_are_requests(what: str, path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is the user's to mend: one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        # libraries that write through C or Rust wrap ENOSPC in their own text: the errno is then absent
+        raise RequestError(f"{what} {path}: {error.strerror or error}") from error
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `target` (file or folder) to write to; it takes the target's place only if the block succeeds.
+
+    A folder that already stands at `target` is replaced; what an earlier, killed writer left is removed first.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.partial")
+    with os_errors_are_requests("cannot write", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+                fsync_path(path)
+            if target.is_dir():
+                remove(target)
+            os.replace(temporary, target)
+            fsync_path(target.parent)
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is refused in one line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+
+
+def sha256(*paths: Path) -> str:
+    """Hash of the contents of `paths`, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""How much each head, neuron, channel and layer matters, measured by forward passes of the sharded model."""

@@ -1,0 +1,149 @@
+"""From a rank's sums to the scores of the whole model, and the layout-free file that holds them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minitron.arch.arch import Arch
+from minitron.arch.units import to_units
+from minitron.engine.model import Model, rows
+from minitron.engine.parallel import World, gather_shards, merge_over_stages, sum_over_replicas, sum_over_tensor_ranks
+from minitron.errors import RequestError
+from minitron.files import atomic_path
+from minitron.importance.aggregate import finish_batch
+from minitron.importance.hooks import LAYERS_BI, Probes
+
+Tensor = torch.Tensor
+FILE = "importance.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of every unit, fp32, in the unsharded order: "hidden", "ffn.{layer}", "heads.{layer}", "groups.{layer}", "layers.bi".
+
+    Higher matters more. `provenance` says what they were measured on.
+    """
+
+    tensors: dict[str, Tensor]
+    provenance: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        """Write the layout-free file."""
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, temporary, metadata=self.provenance)
+
+    @classmethod
+    def load(cls, path: Path, arch: Arch, model_hash: str) -> "Scores":
+        """Read scores; those of another model are refused."""
+        try:
+            with safe_open(path, framework="pt") as handle:
+                provenance = dict(handle.metadata() or {})
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise RequestError(f"cannot read {path}: {error} (minitron calibrate makes it)") from error
+        if provenance.get("model_hash") != model_hash:
+            raise RequestError(f"{path} was measured on another model (hash {provenance.get('model_hash')}, this one is {model_hash})")
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected_shapes(arch):
+            raise RequestError(f"{path}: its tensors do not fit the model's sizes")
+        return cls(tensors, provenance)
+
+
+def expected_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every score tensor."""
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (arch.hidden_size,), LAYERS_BI: (arch.num_layers,)}
+    for layer in range(arch.num_layers):
+        shapes[f"ffn.{layer}"] = (arch.ffn_hidden_size,)
+        shapes[f"heads.{layer}"] = (arch.num_attention_heads,)
+        shapes[f"groups.{layer}"] = (arch.num_query_groups,)
+    return shapes
+
+
+def collect(probes: Probes, world: World) -> dict[str, Tensor]:
+    """Scores of the whole model on every rank, from what each rank's probes summed."""
+    arch = probes.model.arch
+    sizes = {"ffn": arch.ffn_hidden_size, "heads": arch.num_attention_heads}
+    counts = torch.tensor([probes.samples, probes.tokens], dtype=torch.float64, device=world.device)
+    names = sorted(probes.totals)
+    samples, tokens = sum_over_replicas([counts], world)[0].tolist()
+    totals = dict(zip(names, sum_over_replicas([probes.totals[name] for name in names], world), strict=True))
+    mine: dict[str, Tensor] = {}
+    for name, sums_KU in totals.items():
+        axis = name.split(".")[0]
+        if name.startswith(LAYERS_BI):
+            mine[name] = 1.0 - sums_KU[0] / tokens
+            continue
+        score_U = finish_batch(sums_KU, probes.batch_agg, samples)
+        if axis in sizes:  # these units lie over the tensor ranks, dead ones last
+            score_U = gather_shards(score_U, world)[: sizes[axis]]
+        mine[name] = score_U
+    return combine(merge_over_stages({name: score.cpu() for name, score in mine.items()}, world), arch)
+
+
+def combine(probed: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
+    """Scores per probe -> scores per axis: hidden summed over every norm of the model, groups summed over their heads."""
+    scores = {"hidden": torch.stack([probed[f"hidden.{n}"] for n in range(2 * arch.num_layers + 1)]).sum(dim=0)}
+    scores[LAYERS_BI] = torch.cat([probed[f"{LAYERS_BI}.{layer}"] for layer in range(arch.num_layers)])
+    for layer in range(arch.num_layers):
+        scores[f"ffn.{layer}"] = probed[f"ffn.{layer}"]
+        scores[f"heads.{layer}"] = probed[f"heads.{layer}"]
+        scores[f"groups.{layer}"] = probed[f"heads.{layer}"].view(arch.num_query_groups, -1).sum(dim=1)
+    return {name: score.float() for name, score in scores.items()}
+
+
+def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
+    """Scores that rank the units at random: the baseline that says whether measuring is worth it."""
+    generator = np.random.default_rng(seed)
+    return {name: torch.from_numpy(generator.random(shape, dtype=np.float32)) for name, shape in expected_shapes(arch).items()}
+
+
+def magnitude_scores(model: Model, world: World) -> dict[str, Tensor]:
+    """L2 norm of all weights that belong to a unit: the classic baseline. Same names and sizes as `collect` returns."""
+    arch = model.arch
+    squares: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    for name, row, layer in rows(model):
+        if name == "output_layer.weight" and arch.share_embeddings_and_output_weights and world.pp > 1:
+            continue  # a copy of what the first stage counts
+        weight = model.get_parameter(name).detach().double()
+        for index, dim in enumerate(row.dims):
+            units_UPR = to_units(weight, index, dim, arch)
+            square_UP = units_UPR.square().flatten(2).sum(dim=2) if units_UPR.dim() > 2 else units_UPR.square()
+            sharded_elsewhere = row.tp_dim is not None and row.tp_dim != index
+            for key, value in _per_axis(square_UP, dim.axis, dim.parts, layer, arch).items():
+                if sharded_elsewhere:
+                    value = sum_over_tensor_ranks(value, world)
+                elif row.tp_dim == index:
+                    value = gather_shards(value, world)[: expected_shapes(arch)[key][0]]
+                squares[key] = squares[key] + value if key in squares else value
+        total = weight.square().sum()[None]
+        if layer is not None:
+            key = f"{LAYERS_BI}.{layer}"
+            total = sum_over_tensor_ranks(total, world) if row.tp_dim is not None else total
+            squares[key] = squares[key] + total if key in squares else total
+    for key, value in merge_over_stages({k: v.cpu() for k, v in squares.items()}, world, add=("hidden",)).items():
+        whole[key] = value.sqrt().float()
+    layers = torch.cat([whole.pop(f"{LAYERS_BI}.{layer}") for layer in range(arch.num_layers)])
+    return {**whole, LAYERS_BI: layers}
+
+
+def _per_axis(square_UP: Tensor, axis: str, parts: tuple[str, ...], layer: int | None, arch: Arch) -> dict[str, Tensor]:
+    """Squares per unit of each score name that a dim contributes to."""
+    if axis == "hidden":
+        return {"hidden": square_UP.sum(dim=1)}
+    if axis == "ffn":
+        return {f"ffn.{layer}": square_UP.sum(dim=1)}
+    if axis == "groups":
+        heads_UN = square_UP[:, : arch.heads_per_group * arch.kv_channels].unflatten(1, (arch.heads_per_group, -1)).sum(dim=2)
+        return {f"groups.{layer}": square_UP.sum(dim=1), f"heads.{layer}": heads_UN.flatten()}
+    return {}
+
+
+def provenance(model_hash: str, data_hash: str, settings: dict[str, object], version: str) -> dict[str, str]:
+    """What a score file says of its origin: strings, as safetensors headers hold."""
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return {"model_hash": model_hash, "data_hash": data_hash, "version": version, **plain}

@@ -1,0 +1,1 @@
+"""Ranking units, and cutting sharded weights in place."""

@@ -1,0 +1,153 @@
+"""Cutting the sharded weights, each rank its own, one parameter at a time; the old parameter is freed before the next is cut.
+
+The new model is a skeleton without memory whose parameters are put in place as they are cut, so at no time do two models
+exist. Legend: U units, P rows that one unit contributes, R other dims.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minitron.arch.arch import Arch
+from minitron.arch.axes import Dim, Indices, Parameter, dim_rows, num_units
+from minitron.arch.shards import held_units
+from minitron.arch.units import from_units, to_units
+from minitron.engine.model import Model, put, rows, skeleton
+from minitron.engine.parallel import World, sum_over_model_ranks
+from minitron.errors import refuse
+from minitron.pruning.balance import Plan, balance
+from minitron.pruning.keep import Keep
+
+Tensor = torch.Tensor
+
+
+def reslice(model: Model, keep: Keep, target: Arch, world: World, spec: str = "torch") -> Model:
+    """The pruned model; `model` is emptied. Peak extra memory: the parameter being cut.
+
+    Raises RequestError for a depth cut over pipeline stages; asserts every shape, the count of parameters and the tied head.
+    """
+    original = model.arch
+    if world.pp > 1 and target.num_layers != original.num_layers:
+        raise refuse("parallel.pp", world.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
+    pruned = skeleton(target, world, model.config.params_dtype, spec)
+    plans = Plans(keep, original, world)
+    old_names = {(row.name, layer): name for name, row, layer in rows(model)}
+    for name, row, layer in rows(pruned):
+        old_layer = None if layer is None else int(keep.layers[layer])
+        old_name = old_names[row.name, old_layer] if name != "output_layer.weight" else name
+        put(pruned, name, row, cut(release(model, old_name), row, old_layer, keep, original, plans, world))
+        if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
+            pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
+    check(pruned, world)
+    return pruned
+
+
+def release(model: Model, name: str) -> Tensor:
+    """Take a parameter's tensor out of the model; the model keeps a tensor without memory in its place."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    parameter = getattr(owner, attribute)
+    setattr(owner, attribute, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    return parameter.detach()
+
+
+class Plans:
+    """The balancing plan of every (axis, layer) whose units lie over tensor ranks, made once and used by each matrix of the axis."""
+
+    def __init__(self, keep: Keep, original: Arch, world: World) -> None:
+        self.keep, self.original, self.world = keep, original, world
+        self.made: dict[tuple[str, int | None], Plan] = {}
+
+    def get(self, dim: Dim, layer: int | None) -> Plan:
+        """The plan for a sharded dim."""
+        key = (dim.axis, layer)
+        if key not in self.made:
+            _, held = held_units(dim, self.original, self.world.tp, 0, sharded=True)
+            self.made[key] = balance(kept_units(self.keep, dim, layer, self.original), held, self.world.tp)
+        return self.made[key]
+
+    def order(self, dim: Dim, layer: int | None) -> Indices | None:
+        """How the kept units lie over the ranks, where that is not in ascending order."""
+        order = self.get(dim, layer).order()
+        return None if np.all(np.diff(order) > 0) else order
+
+
+def kept_units(keep: Keep, dim: Dim, layer: int | None, original: Arch) -> Indices:
+    """The kept units of a dim; the vocabulary is never cut."""
+    if dim.axis == "vocab":
+        return np.arange(num_units(dim, original))
+    return keep.hidden if dim.axis == "hidden" else getattr(keep, dim.axis)[layer]
+
+
+def cut(tensor: Tensor, row: Parameter, layer: int | None, keep: Keep, original: Arch, plans: Plans, world: World) -> Tensor:
+    """This rank's part of the pruned parameter, from its part of the original one."""
+    for index, dim in enumerate(row.dims):
+        sharded = row.tp_dim == index
+        if sharded and dim.axis == "vocab":
+            continue
+        units, held = kept_units(keep, dim, layer, original), num_units(dim, original)
+        plan = None
+        if sharded and world.tp > 1:
+            plan, (mine, held) = plans.get(dim, layer), held_units(dim, original, world.tp, world.tp_rank, sharded=True)
+            units = units[(units >= mine.start) & (units < mine.stop)]
+        heads = None
+        if dim.axis == "groups":
+            assert layer is not None
+            chosen = np.isin(keep.groups[layer], units)
+            heads = keep.heads_in_groups(layer, original)[chosen]
+        first = 0 if plan is None else mine.start
+        tensor = tensor.index_select(index, torch.from_numpy(dim_rows(dim, original, held, units - first, heads)).to(tensor.device))
+        if plan is not None:
+            tensor = rebalance(tensor, index, dim, units, plan, pruned_units(original, keep, layer), world)
+    return tensor.contiguous()
+
+
+def pruned_units(original: Arch, keep: Keep, layer: int | None) -> Arch:
+    """The architecture whose units the cut tensor is made of (a KV group may have lost heads)."""
+    if layer is None:
+        return original
+    groups = len(keep.groups[layer])
+    return original.replace(num_query_groups=groups, num_attention_heads=len(keep.heads[layer]))
+
+
+def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, arch: Arch, world: World) -> Tensor:
+    """Even a dim over the tensor ranks: surplus units travel, all to all, and dead ones fill what is left.
+
+    `units`: the original numbers of the units that this rank's `tensor` holds now.
+    """
+    mine_UPR = to_units(tensor, index, dim, arch)
+    me = world.tp_rank
+    stay = mine_UPR[: len(plan.stay[me])]
+    sending, receiving = [len(u) for u in plan.moves[me]], [len(row[me]) for row in plan.moves]
+    parts = [stay]
+    if plan.moved():
+        # surplus units are the last ones, and `moves` lists them by receiving rank in that order
+        outgoing = mine_UPR[len(stay) :].contiguous()
+        assert len(outgoing) == sum(sending) == len(units) - len(stay)
+        incoming = outgoing.new_empty(sum(receiving), *outgoing.shape[1:])
+        dist.all_to_all_single(incoming, outgoing, receiving, sending, group=world.groups.tp)
+        parts.append(incoming)
+    live = torch.cat(parts)
+    dead = live.new_zeros(plan.held - len(live), *live.shape[1:])
+    return from_units(torch.cat([live, dead]), index, dim)
+
+
+def check(model: Model, world: World) -> None:
+    """The pruned model holds what its architecture says: every parameter was cut, and the ranks' live parts add up to the exact count."""
+    live = 0
+    for name, row, _ in rows(model):
+        parameter = model.get_parameter(name)
+        assert not parameter.is_meta, f"{name} was not cut"
+        copy = name == "output_layer.weight" and model.arch.share_embeddings_and_output_weights
+        if not copy and (row.tp_dim is not None or world.tp_rank == 0):
+            live += live_elements(parameter.numel(), row, model.arch, world)
+    counted = sum_over_model_ranks(live, world)
+    assert counted == model.arch.num_parameters(), f"{counted} parameters, {model.arch.num_parameters()} expected"
+
+
+def live_elements(elements: int, row: Parameter, arch: Arch, world: World) -> int:
+    """Elements of a rank's shard that are not padding."""
+    if row.tp_dim is None:
+        return elements
+    live, held = held_units(row.dims[row.tp_dim], arch, world.tp, world.tp_rank, sharded=True)
+    return elements // held * len(live)

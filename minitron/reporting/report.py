@@ -1,0 +1,200 @@
+"""`report.html`: one self-contained page about a run, made of whatever the run's folder holds so far."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import minitron
+from minitron.arch import Arch
+from minitron.arch.counts import count
+from minitron.files import write_text
+from minitron.reporting import page, pictures
+from minitron.reporting.results import ABSENT, HELD_OUT, MODELS, Evals, decimal, gap_on, percent, ratio, rows, size, task_rows
+from minitron.reporting.runfiles import RunFiles, read_run
+
+REPORT = "report.html"
+DISTILLED = MODELS["student"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path.
+
+    A section whose file is missing says which verb writes it. Raises RequestError for a missing folder or a broken file.
+    """
+    run = read_run(Path(run_dir))
+    target = run.path / REPORT
+    write_text(target, render(run))
+    return target
+
+
+def render(run: RunFiles) -> str:
+    """The whole page."""
+    name = model_name(run)
+    sections = (summary, architecture, importance, training, evaluation, loading, settings)
+    body = "\n".join(part(run) for part in sections)
+    header, footer = page.header("Compression report", name, lead(run)), page.footer(f"minitron {minitron.__version__} · {run.path}")
+    return page.page(f"{name} · minitron", f"{header}\n<main>\n{body}\n</main>\n{footer}")
+
+
+def model_name(run: RunFiles) -> str:
+    """What the page is about: the model's name if config.yaml tells it, else the run's folder."""
+    path = run.setting("model.path")
+    return str(path).rstrip("/").rsplit("/", 1)[-1] if path else run.path.resolve().name
+
+
+def lead(run: RunFiles) -> str:
+    """The run in one or two sentences, as markup; empty while there is nothing to say."""
+    sentences = []
+    if run.original and run.pruned:
+        before, after = run.original.num_parameters(), run.pruned.num_parameters()
+        sentences.append(f"<strong>{size(before)}</strong> parameters became <strong>{size(after)}</strong>.")
+    gap = gap_on(run.evals or {}, HELD_OUT)
+    if gap is not None:
+        tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
+        over = f" over {size(tokens[-1])} tokens" if tokens else ""
+        sentences.append(f"Pruning raised the held-out loss; distillation{over} took back <strong>{percent(gap)}</strong> of that.")
+    return " ".join(sentences)
+
+
+def summary(run: RunFiles) -> str:
+    """The outcome: four numbers, and the models side by side on the held-out text."""
+    if run.evals is None and not (run.original and run.pruned):
+        return page.section("summary", "", page.absent("eval.json", "evaluate"))
+    return page.section("summary", "", page.facts(headline(run)), outcome(run.evals) if run.evals else page.absent("eval.json", "evaluate"))
+
+
+def headline(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Parameters, loss, perplexity and the gap closed, each with a note."""
+    evals: Evals = run.evals or {}
+    before = run.original.num_parameters() if run.original else evals.get("teacher", {}).get("params")
+    after = run.pruned.num_parameters() if run.pruned else evals.get("student", evals.get("pruned", {})).get("params")
+    latest = next((key for key in ("student", "pruned", "teacher") if key in evals), "student")
+
+    def against(name: str, digits: int) -> tuple[str, str]:
+        others = [f"{MODELS[key]} {decimal(evals[key].get(name), digits)}" for key in MODELS if key in evals and key != latest]
+        return decimal(evals.get(latest, {}).get(name), digits), " · ".join(others)
+
+    gap = gap_on(evals, HELD_OUT)
+    return [
+        ("Parameters", size(after), f"{percent(ratio(after, before))} of {size(before)}"),
+        (f"Held-out loss, {MODELS[latest]}", *against("loss", 3)),
+        (f"Perplexity, {MODELS[latest]}", *against("perplexity", 2)),
+        ("Loss gap closed", percent(gap), "0 % is pruned, 100 % is the teacher"),
+    ]
+
+
+def outcome(evals: Evals) -> str:
+    """The models on the held-out text."""
+    teacher = evals.get("teacher", {}).get("params")
+    lines = [
+        (row.model, size(row.parameters), percent(ratio(row.parameters, teacher)), decimal(row.loss, 3), decimal(row.perplexity),
+         percent(row.gap_closed) if row.model == DISTILLED else "")
+        for row in rows(evals) if row.text == HELD_OUT
+    ]  # fmt: skip
+    return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=DISTILLED)
+
+
+def architecture(run: RunFiles) -> str:
+    """Sizes before and after, in numbers and to scale."""
+    if run.original is None or run.pruned is None:
+        return page.section("architecture", "Architecture", page.absent("arch.json", "prune"))
+    bars = page.card(pictures.parameter_bars(run.original, run.pruned))
+    drawing = page.card(pictures.blueprint(run.original, run.pruned, run.keep)) if run.keep is not None else page.absent("keep.safetensors", "prune")
+    sizes = page.table_card(
+        "Sizes", page.table(("", "Before", "After", "Kept"), size_rows(run.original, run.pruned, run.setting("train.seq_length")))
+    )
+    return page.section("architecture", "Architecture", page.grid(f'<div class="stack">{bars}{sizes}</div>', drawing))
+
+
+SIZES = {
+    "Layers": "num_layers",
+    "Hidden size": "hidden_size",
+    "MLP neurons per layer": "ffn_hidden_size",
+    "Attention heads": "num_attention_heads",
+    "KV groups": "num_query_groups",
+    "Channels per head": "kv_channels",
+    "Vocabulary": "vocab_size",
+}
+
+
+def size_rows(original: Arch, pruned: Arch, seq_length: int | None) -> list[tuple[str, str, str, str]]:
+    """The table of sizes and costs; FLOPs are told for sequences of `seq_length` tokens (the longest that fit if None)."""
+    length = seq_length or original.max_position_embeddings
+    before, after = count(original, length), count(pruned, length)
+    lines: list[tuple[str, float, float, Callable[[float], str]]] = [
+        (name, getattr(original, field), getattr(pruned, field), "{:,}".format) for name, field in SIZES.items()
+    ]
+    costs: dict[str, tuple[str, Callable[[float], str]]] = {
+        "Parameters": ("parameters", size),
+        "Forward FLOPs per token": ("flops_per_token", size),
+        "KV cache per token, bf16": ("kv_cache_bytes_per_token", lambda value: f"{value / 1024:,.1f} KiB"),
+    }
+    lines += [(name, getattr(before, field), getattr(after, field), show) for name, (field, show) in costs.items()]
+    return [(name, show(old), show(new), percent(new / old, 0)) for name, old, new, show in lines]
+
+
+def importance(run: RunFiles) -> str:
+    """What the scores say, axis by axis."""
+    if run.importance is None:
+        return page.section("importance", "Importance", page.absent("importance.safetensors", "calibrate"))
+    told = {name: run.calibration[name] for name in ("criterion", "samples", "seq_length", "batch_agg", "seq_agg") if name in run.calibration}
+    shown = " · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    drawn = map(page.card, pictures.importance_pictures(run.importance, run.keep, told.get("criterion")))
+    missing = "" if run.keep is not None else page.absent("keep.safetensors", "prune")
+    return page.section("importance", "Importance", page.remark(shown), missing, page.grid(*drawn))
+
+
+def training(run: RunFiles) -> str:
+    """How the losses went."""
+    if not run.metrics:
+        return page.section("training", "Training", page.absent("metrics.jsonl", "distill"))
+    drawn = (pictures.train_curve(run.metrics), pictures.validation_curve(run.metrics, run.evals or {}))
+    return page.section("training", "Training", page.grid(*(page.card(picture) for picture in drawn if picture is not None)))
+
+
+def evaluation(run: RunFiles) -> str:
+    """Every model on every text and task."""
+    if run.evals is None:
+        return page.section("evaluation", "Evaluation", page.absent("eval.json", "evaluate"))
+    found = rows(run.evals)
+    lines, previous = [], None
+    for row in found:
+        gap = percent(row.gap_closed) if row.model == DISTILLED else ""
+        lines.append(
+            (
+                "" if row.text == previous else row.text,
+                row.model,
+                decimal(row.loss, 3),
+                decimal(row.perplexity),
+                gap,
+                decimal(row.tokens_per_second, 0),
+            )
+        )
+        previous = row.text
+    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=DISTILLED, texts=2)
+    cards = [page.table_card("Texts", losses), page.card(pictures.loss_dots(run.evals))]
+    if tasks := task_rows(run.evals):
+        shown = [(name, *(ABSENT if value is None else f"{value:.4g}" for value in values)) for name, values in tasks]
+        cards.append(page.table_card("Tasks", page.table(("Task", "Teacher", "Pruned", "Distilled"), shown)))
+    return page.section("evaluation", "Evaluation", page.grid(*cards))
+
+
+def loading(run: RunFiles) -> str:
+    """How to use the exported model."""
+    if not run.exported:
+        return page.section("loading", "Use the model", page.absent("hf/", "export"))
+    folder = json.dumps(str(run.path / "hf"), ensure_ascii=False)  # JSON's string literal is Python's too
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({folder})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+    )
+    return page.section("loading", "Use the model", page.code("\n".join(lines)))
+
+
+def settings(run: RunFiles) -> str:
+    """The resolved settings, folded."""
+    if run.config is None:
+        return page.section("settings", "Settings", page.absent("config.yaml", "compress"))
+    return page.section("settings", "Settings", page.folded("config.yaml, as the run resolved it", page.code(run.config)))

@@ -1,0 +1,1 @@
+"""Hugging Face <-> shards: names and layouts from the table, one parameter at a time, by slices of safetensors."""

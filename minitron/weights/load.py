@@ -1,0 +1,59 @@
+"""Hugging Face -> shards. Each rank reads its own slices from the files, one parameter at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from minitron.arch.arch import Arch
+from minitron.arch.axes import Parameter, part_sizes
+from minitron.arch.shards import held_units
+from minitron.arch.units import fuse
+from minitron.engine.model import Model, put, rows, skeleton
+from minitron.engine.parallel import World
+from minitron.weights.source import Source
+
+
+def load(source: Source, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+    """This rank's shard of the model in `dtype`. Peak memory: the shard and one parameter."""
+    model = skeleton(source.arch, world, dtype, spec)
+    reader = Reader(source.files)
+    for name, row, layer in rows(model):
+        put(model, name, row, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
+    reader.close()
+    return model
+
+
+class Reader:
+    """Slices of tensors, by name, from any number of safetensors files; each file is opened once."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files, self.handles = files, dict[Path, Any]()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """The part `index` of a tensor; nothing else of it is read."""
+        file = self.files[name]
+        if file not in self.handles:
+            self.handles[file] = safe_open(file, framework="pt").__enter__()
+        tensor: torch.Tensor = self.handles[file].get_slice(name)[index]
+        return tensor
+
+    def close(self) -> None:
+        """Close every file."""
+        for handle in self.handles.values():
+            handle.__exit__(None, None, None)
+        self.handles.clear()
+
+
+def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, tp: int, tp_rank: int) -> torch.Tensor:
+    """A rank's part of one parameter, its parts fused as the table says, dead units zero. On the CPU, in the file's dtype."""
+    held = [held_units(dim, arch, tp, tp_rank, sharded=index == row.tp_dim) for index, dim in enumerate(row.dims)]
+    parts = []
+    for template, size in zip(row.hf, part_sizes(row.dims[0], arch), strict=True):
+        rows_per_unit = [size, *(sum(part_sizes(dim, arch)) for dim in row.dims[1:])]
+        index = tuple(slice(units.start * n, units.stop * n) for (units, _), n in zip(held, rows_per_unit, strict=True))
+        part = reader.read(template.format(layer=layer), index)
+        dead = [(total - len(units)) * n for (units, total), n in zip(held, rows_per_unit, strict=True)]
+        parts.append(torch.nn.functional.pad(part, [n for count in reversed(dead) for n in (0, count)]))
+    return fuse(parts, row.dims[0], arch)
