@@ -92,5 +92,8 @@ def said_elsewhere(line: str) -> bool:
         return False
     from torch.distributed import TCPStore
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.add(f"minitron/{line}", 1) > 1
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{line}", 1) > 1
+    except RuntimeError:  # the store is gone; better said twice than not at all
+        return False

@@ -1,6 +1,7 @@
 """Files inside installed Python packages, written `package:NAME/FILE`: models and texts that a package manager brought."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from minitron.errors import refuse
@@ -24,6 +25,6 @@ def resolve_package(path: str, setting: str) -> Path:
     if spec is None or spec.submodule_search_locations is None:
         raise refuse(setting, path, f"no Python package {name} is installed")
     for location in spec.submodule_search_locations:
-        if (found := Path(location, inner)).exists():
+        if os.path.exists(found := Path(location, inner)):
             return found
     raise refuse(setting, path, f"the package {name} holds no {inner}")

@@ -137,7 +137,7 @@ def dim_rows(dim: Dim, arch: Arch, held: int, units: Indices, heads: Indices | N
         starts = offset + units * sum(sizes) if dim.by == "unit" else offset * held + units * size
         inside = np.broadcast_to(np.arange(size), (len(units), size))
         if part == "heads" and heads is not None:
-            inside = (heads[:, :, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(len(units), -1)
+            inside = (heads[:, :, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(len(units), heads.shape[1] * arch.kv_channels)
         blocks.append(starts[:, None] + inside)
         offset += size
     if dim.by == "unit":

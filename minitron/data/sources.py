@@ -17,6 +17,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ class Source:
 def blend(spec: str, setting: str) -> list[tuple[float, str]]:
     """`weight source weight source ...` as (weight, source) pairs; anything that does not start with a number is one source."""
     words = spec.split()
-    if len(words) < 2 or _weight(words[0]) is None or Path(spec).exists():
+    if len(words) < 2 or _weight(words[0]) is None or os.path.exists(spec):
         return [(1.0, spec)]
     weights = [_weight(word) for word in words[::2]]
     if len(words) % 2 or any(weight is None or not 0 < weight < math.inf for weight in weights):
@@ -72,22 +73,22 @@ def locate(given: str, setting: str) -> Source:
     if given in ("", MISSING):
         raise refuse(setting, given, "a source of text is needed")
     name, mark, key = given.rpartition("#")
-    if not mark or Path(given).exists():
+    if not mark or os.path.exists(given):  # not Path.exists, which raises on what is too long for a name, as a blend may be
         name, key = given, ""
     field = key or None
     path = resolve_package(name, setting) if name.startswith(PREFIX) else Path(name).expanduser()
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     pair = tuple(Path(f"{prefix}{ending}") for ending in (".bin", ".idx"))
-    if any(file.is_file() for file in pair) and not path.is_dir():
-        if missing := [file for file in pair if not file.is_file()]:
+    if any(map(os.path.isfile, pair)) and not os.path.isdir(path):
+        if missing := [file for file in pair if not os.path.isfile(file)]:
             raise refuse(setting, given, f"{missing[0]} is missing: prepared data is a .bin and an .idx file")
         return Source(setting, given, name, "prepared", tuple(file.absolute() for file in pair))
-    if path.is_dir():
+    if os.path.isdir(path):
         files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) and not _hidden(file.relative_to(path))))
         if not files:
             raise refuse(setting, given, f"the folder holds no file that ends in {_endings()}")
         return Source(setting, given, name, "files", files, field)
-    if path.exists():
+    if os.path.exists(path):
         if not _reader(path):
             raise refuse(setting, given, f"a file must end in {_endings()}")
         return Source(setting, given, name, "files", (path,), field)

@@ -24,6 +24,7 @@ LITERALS = (
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.data",
+    "megatron.core.utils",
 )
 FACTORIES = ("empty", "full", "ones", "tensor", "zeros")
 

@@ -8,7 +8,8 @@ import dataclasses
 import datetime
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron.config.schema import Parallel
 from minitron.engine.host import on_host
 from minitron.errors import RequestError, refuse
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,10 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             undo.enter_context(on_host())
         else:
             torch.cuda.set_device(device)
-        # Megatron warns of deprecated defaults of its own settings at every model: nothing its user could act on
+        # Megatron and torch's checkpoints warn of their own deprecated calls: nothing that a user could act on
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"megatron\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         if dist.is_initialized():
             raise RequestError("a process group exists already: one run per process")
         undo.callback(_stop)
@@ -223,6 +227,40 @@ def broadcast_object(value: object, world: World) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(world: World, action: Callable[[], Result]) -> Result:
+    """Rank 0 does something for all and every rank gets its result; if it is refused there, every rank raises the same refusal."""
+    result, failure = None, None
+    if world.is_main:
+        try:
+            result = action()
+        except RequestError as error:
+            failure = str(error)
+    result, failure = broadcast_object((result, failure), world)  # type: ignore[misc]
+    if failure is not None:
+        raise RequestError(failure)
+    return result  # type: ignore[return-value]
+
+
+def refuse_together(failure: str | None, world: World) -> None:
+    """If one rank failed, all give up with its message instead of waiting for it."""
+    failures: list[str | None] = [failure]
+    if world.size > 1:
+        failures = [None] * world.size
+        dist.all_gather_object(failures, failure)
+    for message in failures:
+        if message is not None:
+            raise RequestError(message)
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether any rank says yes: every rank gets the same answer."""
+    if world.size == 1:
+        return flag
+    votes = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
 
 
 def sum_over_model_ranks(value: int, world: World) -> int:

@@ -107,6 +107,11 @@ def grid(*cards: str) -> str:
     return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
 
 
+def stack(*cards: str) -> str:
+    """Cards above each other, as one cell of a grid; `cards` is markup."""
+    return '<div class="stack">\n' + "\n".join(cards) + "\n</div>"
+
+
 def card(picture: Picture) -> str:
     """A picture with its title and caption."""
     label = escape(f"{picture.title}. {picture.caption}")

@@ -26,7 +26,9 @@ Units = npt.NDArray[np.int64]
 MUTED, KEPT, KEPT_SOFT, CUT, CUT_SOFT = (LIGHT[role] for role in ("muted", "kept", "keptsoft", "cut", "cutsoft"))
 FFN_BINS = 64  # columns of the ffn heat map; the neurons of one are averaged
 CURVE_POINTS = 800  # points of a drawn curve: more could not be told apart
+DOTS_SHOWN = 60  # dots of a drawn curve
 SMALL = 9.5  # points
+NAME_LETTERS = 28  # a longer name of a text is cut short in a picture; the tables have it whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +136,20 @@ def hidden_curve(scores: Floats, kept: Units | None) -> Picture:
             axes.fill_between(rank[part], ordered[part], low, color=fill, linewidth=0)
             axes.plot(rank[part], ordered[part], color=line, linewidth=1.6)
         if cut < len(ordered):
-            axes.axvline(cut, color=CUT, linewidth=1, linestyle=(0, (3, 2)))
+            axes.axvline(cut + 0.5, color=CUT, linewidth=1, linestyle=(0, (3, 2)))
             for text, color, offset, side in ((f"{cut:,} kept", KEPT, -5, "right"), (f"{len(ordered) - cut:,} cut", CUT, 5, "left")):
-                axes.annotate(text, (cut, 1), (offset, -10), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side, color=color)
-        axes.set(xlim=(1, len(ordered)), yscale="log" if log else "linear", xlabel="channel, by rank", ylabel="score (log)" if log else "score")
+                axes.annotate(
+                    text, (cut + 0.5, 1), (offset, -10), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side, color=color
+                )
+        axes.set(
+            xlim=(0.5, len(ordered) + 0.5), yscale="log" if log else "linear", xlabel="channel, by rank", ylabel="score (log)" if log else "score"
+        )
         axes.set_ylim(bottom=low)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
-    share = "" if kept is None else f" The kept channels hold {percent(ratio(float(scores[kept].sum()), float(scores.sum())))} of the total score."
+    share = "" if kept is None else " All were kept."
+    if kept is not None and cut < len(scores):
+        share = f" The kept channels hold {percent(ratio(float(scores[kept].sum()), float(scores.sum())))} of the total score."
     return Picture("Hidden channels", f"Every channel of the residual stream, highest score first.{share}", draw("hidden", 220, paint))
 
 
@@ -298,7 +306,7 @@ def train_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
         top.plot(*drawn, color=KEPT_SOFT, linewidth=1, label="training")
         top.plot(drawn[0], smooth(drawn[1]), color=KEPT, linewidth=1.8, label="training, smoothed")
         if len(valid[0]):
-            top.plot(*valid, "o", color=LIGHT["ink"], markersize=3, label="validation")
+            top.plot(*thin(*valid, DOTS_SHOWN), "o", color=LIGHT["ink"], markersize=3, label="validation")
         top.set_ylabel("KL divergence (nats)" if distilled else "loss (nats)")
         top.legend(loc="upper right")
         bottom.plot(*thin(*rate), color=MUTED, linewidth=1.2)
@@ -332,7 +340,7 @@ def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Pict
                 axes.axhline(levels[key], color=color, linewidth=1.2, linestyle=(0, (4, 2)))
                 axes.annotate(f"{MODELS[key]} {decimal(levels[key])}", (1, levels[key]), (0, above), xycoords=("axes fraction", "data"),
                               textcoords="offset points", ha="right", color=color)  # fmt: skip
-        axes.plot(tokens, loss, "-o", color=KEPT, linewidth=1.8, markersize=3)
+        axes.plot(*thin(tokens, loss, DOTS_SHOWN), "-o", color=KEPT, linewidth=1.8, markersize=3)
         axes.annotate(f"distilled {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
         axes.margins(y=0.12)
         axes.set_ylabel("loss (nats per token)")
@@ -363,7 +371,8 @@ def loss_dots(evals: Evals) -> Picture:
                 axes.plot(value, at, "o", color=color, markersize=8)
                 axes.annotate(decimal(value), (value, at), (0, above), textcoords="offset points", ha="center", color=color)
             gap = gap_on(evals, text)
-            label = text if gap is None else f"{text} · {percent(gap)} of the gap closed"
+            name = text if len(text) <= NAME_LETTERS else f"{text[: NAME_LETTERS - 1]}…"
+            label = name if gap is None else f"{name} · {percent(gap)} of the gap closed"
             axes.annotate(label, (0, at), (0, 26), xycoords=("axes fraction", "data"), textcoords="offset points", fontweight="bold")
         axes.set(ylim=(len(texts) - 0.5, -0.75), yticks=[], xlabel="loss (nats per token)")
         axes.margins(x=0.08)

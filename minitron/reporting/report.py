@@ -100,10 +100,9 @@ def architecture(run: RunFiles) -> str:
         return page.section("architecture", "Architecture", page.absent("arch.json", "prune"))
     bars = page.card(pictures.parameter_bars(run.original, run.pruned))
     drawing = page.card(pictures.blueprint(run.original, run.pruned, run.keep)) if run.keep is not None else page.absent("keep.safetensors", "prune")
-    sizes = page.table_card(
-        "Sizes", page.table(("", "Before", "After", "Kept"), size_rows(run.original, run.pruned, run.setting("train.seq_length")))
-    )
-    return page.section("architecture", "Architecture", page.grid(f'<div class="stack">{bars}{sizes}</div>', drawing))
+    lines = size_rows(run.original, run.pruned, run.setting("train.seq_length"))
+    sizes = page.table_card("Sizes", page.table(("", "Before", "After", "Kept"), lines))
+    return page.section("architecture", "Architecture", page.grid(page.stack(bars, sizes), drawing))
 
 
 SIZES = {

@@ -59,7 +59,7 @@ def read(spec: str | Path, text_key: str = "text") -> list[str]:
 
 
 def refusal(spec: str | Path, text_key: str = "text") -> str:
-    """The one line that both the check and the reading give."""
+    """The one line of the check."""
     with pytest.raises(RequestError) as raised:
         check_source(str(spec), "data.train", text_key)
     assert "\n" not in str(raised.value)
@@ -124,7 +124,9 @@ def test_file_inside_a_package_is_found_without_importing_it(tmp_path: Path, mon
     package = tmp_path / "site" / "some_corpus"
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "data" / "pages.json").write_text(json.dumps({"Leeds": {"title": "Leeds", "extract": "A city."}, "Hull": {"title": "Hull", "extract": "A port."}}))
+    (package / "data" / "pages.json").write_text(
+        json.dumps({"Leeds": {"title": "Leeds", "extract": "A city."}, "Hull": {"title": "Hull", "extract": "A port."}})
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert read("package:some_corpus/data/pages.json", "extract") == ["A city.", "A port."]
     assert read("package:some_corpus/data", "extract") == ["A city.", "A port."]
@@ -241,6 +243,12 @@ def test_blend_is_weights_and_sources(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("2024 corpus.txt").write_text("x")
     assert blend("2024 corpus.txt", "data.train") == [(1.0, "2024 corpus.txt")]
+
+
+def test_long_names_are_no_files() -> None:
+    long = "x" * 5000
+    assert refusal(f"/{long}") == f"data.train=/{long}: no such file or folder"
+    assert len(blend(f"1 {long} " * 3, "data.train")) == 3
 
 
 @pytest.mark.parametrize("spec", ["0.3 a 0.7", "0 a 1 b", "-1 a 2 b", "nan a 1 b", "inf a 1 b", "1 a b c"])

@@ -34,7 +34,7 @@ def write_scores(folder: Path, original: Arch, pruned: Arch) -> None:
     """importance.safetensors and keep.safetensors of a prune from `original` to `pruned`."""
     rng = np.random.default_rng(7)
     scores = {"hidden": rng.lognormal(0, 0.7, original.hidden_size)}
-    scores["hidden"][[37, 301]] *= 60  # real models have a few channels of massive activations
+    scores["hidden"][[3, 37]] *= 60  # real models have a few channels of massive activations
     depth = np.linspace(0, 1, original.num_layers)
     scores["layers.bi"] = 0.05 + 0.3 * np.exp(-depth * 12) + 0.12 * np.exp((depth - 1) * 9) + rng.uniform(0, 0.03, original.num_layers)
     for layer in range(original.num_layers):

@@ -1,0 +1,166 @@
+"""Distributed checkpoints: each rank writes and reads its own shards; a checkpoint is complete or absent."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+
+from minitron.arch.arch import Arch
+from minitron.arch.shards import padded, shard_shape
+from minitron.engine.model import Model, put, rows, skeleton
+from minitron.engine.parallel import World, on_main, refuse_together
+from minitron.errors import RequestError, Stopped
+from minitron.files import fsync_path, os_errors_are_requests, read_json, remove, write_text
+
+if TYPE_CHECKING:
+    from minitron.engine.trainer import Trainer
+
+OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def model_state(model: Model, world: World) -> dict[str, Any]:
+    """The model's tensors as Megatron shards them. Where dead KV groups pad a layout, the shapes of two layouts differ at the end."""
+    state: dict[str, Any] = model.sharded_state_dict()
+    if padded(model.arch, world.tp) != model.arch or world.tp == 1:
+
+        def lenient(entry: Any) -> Any:
+            if isinstance(entry, ShardedTensor):
+                entry.allow_shape_mismatch = True
+            return entry
+
+        dict_list_map_inplace(lenient, state)
+    return state
+
+
+def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[str, str] | None = None) -> None:
+    """Write a sharded state as `folder`: every rank into a temporary folder, which takes its name when all are done.
+
+    `texts` are small files to go along. Raises RequestError on every rank if any rank could not write.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+
+    def begin() -> None:
+        with os_errors_are_requests("cannot write", folder):
+            remove(temporary)
+            temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        with os_errors_are_requests("cannot write", folder):
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            for path in [*temporary.rglob("*"), temporary]:
+                fsync_path(path)
+            remove(folder)
+            temporary.rename(folder)
+            fsync_path(folder.parent)
+
+    on_main(world, begin)
+    failure = None
+    try:
+        dist_checkpointing.save(state, str(temporary))
+    except Exception as error:  # Megatron wraps what its writer processes met
+        failure = f"cannot write {folder}: {error}"
+    try:
+        refuse_together(failure, world)
+    except RequestError:
+        if world.is_main:
+            remove(temporary)
+        raise
+    on_main(world, finish)
+
+
+def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read what `save_sharded` wrote, at this layout."""
+    if not (folder / "metadata.json").is_file():
+        raise RequestError(f"{folder} is not a complete checkpoint")
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    return loaded
+
+
+def save_model(model: Model, folder: Path, world: World) -> None:
+    """Write a model without optimizer state: its shards, arch.json, and how pruning left the order of units."""
+    orders: list[dict[str, Any]] = [{}] * world.pp
+    mine = {name: order.tolist() for name, order in model.unit_order.items()}
+    if world.pp > 1:
+        dist.all_gather_object(orders, mine, group=world.groups.pp)
+    else:
+        orders = [mine]
+    merged = {name: order for part in orders for name, order in part.items()}
+    texts = {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(merged) + "\n"}
+    save_sharded({"model": model_state(model, world)}, folder, world, texts)
+
+
+def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch", weights: Path | None = None) -> Model:
+    """Read a model that `save_model` wrote, at this layout. `weights`: a training checkpoint of the same model to read instead."""
+    model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec)
+    model.unit_order = {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
+    loaded = load_sharded({"model": model_state(model, world)}, weights or folder)
+    model.load_state_dict(loaded["model"], strict=False)
+    return model
+
+
+def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+    """A model whose parameters are allocated and zero."""
+    model = skeleton(arch, world, dtype, spec)
+    for name, row, _ in rows(model):
+        put(model, name, row, torch.zeros(shard_shape(row, arch, world.tp), dtype=dtype, device=world.device))
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training run: `step_N` folders; the newest complete one is where a run continues."""
+
+    folder: Path
+    keep: int = 2
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(match.group(1)) for match in found if match and (self.folder / match.group(0) / "metadata.json").is_file())
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, trainer: "Trainer") -> None:
+        """Write model, optimizer, schedule and step; then forget all but the newest `keep`."""
+        world = trainer.world
+        save_sharded(_whole_state(trainer, loading=False), self.path(trainer.step), world)
+        if world.is_main:
+            write_text(self.folder / "latest", f"{trainer.step}\n")
+            for step in self.steps()[: -self.keep]:
+                remove(self.path(step))
+
+    def resume(self, trainer: "Trainer") -> bool:
+        """Continue from the newest complete checkpoint, if there is one."""
+        step = self.latest()
+        if step is None:
+            return False
+        loaded = load_sharded(_whole_state(trainer, loading=True), self.path(step))
+        trainer.model.load_state_dict(loaded["model"], strict=False)
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        trainer.set_state(loaded["trainer"])
+        return True
+
+    def stop(self, trainer: "Trainer") -> None:
+        """End the run early; everything is saved."""
+        raise Stopped(f"stopped at step {trainer.step}, saved in {self.path(trainer.step)}: the same command continues")
+
+
+def _whole_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+    model = model_state(trainer.model, trainer.world)
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
+    return {"model": model, "optimizer": optimizer, "trainer": trainer.state()}

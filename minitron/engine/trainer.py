@@ -1,0 +1,160 @@
+"""The training loop: Megatron's DDP, distributed optimizer and schedules. It knows nothing of where a loss comes from.
+
+Legend: B microbatch, S sequence, H hidden.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron.config.schema import Train
+from minitron.engine.checkpoint import Checkpoints
+from minitron.engine.model import Model
+from minitron.engine.parallel import World
+from minitron.engine.schedule import LossParts, forward_backward
+from minitron.errors import RequestError
+
+Tensor = torch.Tensor
+BAD_STEPS_IN_A_ROW = 5
+
+
+@dataclasses.dataclass
+class Task:
+    """What a run of training is made of, besides the model.
+
+    `microbatches(step)`: the input tokens [B, S + 1] of this rank's microbatches. `loss(step)`: given them, returns the
+    function that turns a microbatch's last hidden states into (sum over its tokens, their count, sums to log); called once
+    per step, before the model's own pass, so a teacher's pass belongs there. `validate()`: figures to log now and then.
+    `report(line)`: a step's metrics, on rank 0.
+    """
+
+    microbatches: Callable[[int], list[Tensor]]
+    loss: Callable[[list[Tensor]], Callable[[int, Tensor], LossParts]]
+    validate: Callable[[], dict[str, float]]
+    report: Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """A model with its optimizer, its schedule of learning rates, and the number of steps done."""
+
+    def __init__(self, model: Model, settings: Train, world: World) -> None:
+        self.model, self.settings, self.world, self.step = model, settings, world, 0
+        config = model.config
+        self.wrapped = DistributedDataParallel(
+            config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model, pg_collection=world.groups
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = self.wrapped.no_sync
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                clip_grad=settings.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.wrapped],
+            use_gloo_process_groups=world.device.type != "cpu",
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=min(settings.warmup_steps, settings.steps - 1),
+            lr_decay_steps=settings.steps,
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the sharded tensors."""
+        return {"step": self.step, "scheduler": self.scheduler.state_dict()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.step = state["step"]
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def update(self, microbatches_BS: list[Tensor], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
+        """One optimizer step. Returns the loss parts per token, the gradient norm and the learning rate used.
+
+        A step whose gradient is not finite changes nothing: `skipped` is 1.
+        """
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.scheduler.step(1)
+        logs = forward_backward(self.wrapped, [tokens[:, :-1] for tokens in microbatches_BS], self.world, loss)
+        parts = global_means(logs, self.world)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not all(math.isfinite(value) for value in parts.values()):
+            # every rank sees the same sums, so every rank skips; a bf16 optimizer would not notice by itself
+            return {**parts, "grad_norm": math.nan, "lr": lr, "skipped": 1}
+        _, grad_norm, _ = self.optimizer.step()
+        return {**parts, "grad_norm": float(grad_norm), "lr": lr, "skipped": 0}
+
+
+def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float]:
+    """Sums per microbatch, with their count under "tokens", to means over the global batch, on every rank."""
+    names: list[str] = sorted(logs[0]) if logs else []
+    if world.pp > 1:
+        box = [names]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
+        names = box[0]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    for log in logs:
+        sums += torch.stack([log[name].double().to(world.device) for name in names])
+    dist.all_reduce(sums, group=world.groups.dp)
+    if world.pp > 1:
+        dist.broadcast(sums, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
+    totals = dict(zip(names, sums.tolist(), strict=True))
+    tokens = totals.pop("tokens")
+    return {name: total / max(tokens, 1) for name, total in totals.items()}
+
+
+def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
+    """Train from `trainer.step` to the last step, reporting, validating and saving on the way.
+
+    Raises RequestError after several steps in a row that were not finite, Stopped (from `checkpoints`) on a signal.
+    """
+    settings, world = trainer.settings, trainer.world
+    bad = 0
+    while trainer.step < settings.steps:
+        started = time.perf_counter()
+        batches = task.microbatches(trainer.step)
+        line = trainer.update(batches, task.loss(batches))
+        trainer.step += 1
+        bad = bad + 1 if line["skipped"] else 0
+        if bad == BAD_STEPS_IN_A_ROW:
+            raise RequestError(f"the loss was not finite for {bad} steps in a row, up to step {trainer.step}: lower train.lr={settings.lr} or check the data")
+        seconds = time.perf_counter() - started
+        tokens = settings.global_batch_size * settings.seq_length
+        metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
+        if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
+            metrics |= task.validate()
+        if world.is_main:
+            task.report(metrics)
+        stopping = stop_requested()
+        if trainer.step % settings.save_interval == 0 or trainer.step == settings.steps or stopping:
+            checkpoints.save(trainer)
+        if stopping and trainer.step < settings.steps:
+            checkpoints.stop(trainer)
+
+

@@ -1,0 +1,42 @@
+"""Arithmetic over a vocabulary that is spread over tensor ranks. Nothing here ever holds more than one chunk of logits.
+
+Legend: T tokens, C tokens of one chunk, v live vocabulary rows of this rank, H hidden.
+"""
+
+import torch
+import torch.distributed as dist
+
+from minitron.arch.axes import VOCAB
+from minitron.arch.shards import held_units
+from minitron.engine.model import Model
+from minitron.engine.parallel import World
+
+Tensor = torch.Tensor
+
+
+def live_head(model: Model, world: World) -> tuple[Tensor, int]:
+    """This rank's head weight [v, H] without vocabulary padding, and the number of its first token."""
+    live, _ = held_units(VOCAB, model.arch, world.tp, world.tp_rank, sharded=True)
+    return model.head_weight()[: len(live)], live.start
+
+
+def all_ranks(packed_KC: Tensor, world: World) -> Tensor:
+    """[tp, K, C]: every tensor rank's statistics of a chunk, in one collective."""
+    if world.tp == 1:
+        return packed_KC[None]
+    gathered = packed_KC.new_empty(world.tp, *packed_KC.shape)
+    dist.all_gather(list(gathered), packed_KC.contiguous(), group=world.groups.tp)
+    return gathered
+
+
+def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512) -> Tensor:
+    """Cross-entropy of each token in nats, fp32 [T], without gradients."""
+    losses = []
+    for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
+        logits_Cv = (hidden_CH @ weight_vH.t()).float()
+        inside_C = (labels_C >= first) & (labels_C < first + weight_vH.shape[0])
+        mine_C = torch.where(inside_C, labels_C - first, 0)
+        target_C = torch.where(inside_C, logits_Cv.gather(1, mine_C[:, None])[:, 0], 0.0)
+        sums_rKC = all_ranks(torch.stack([torch.logsumexp(logits_Cv, dim=1), target_C]), world)
+        losses.append(torch.logsumexp(sums_rKC[:, 0], dim=0) - sums_rKC[:, 1].sum(dim=0))
+    return torch.cat(losses)

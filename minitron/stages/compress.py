@@ -1,0 +1,46 @@
+"""`minitron compress`: the whole pipeline in one group of processes; stages that are finished are not done again."""
+
+from collections.abc import Callable
+
+from minitron.config.schema import Config
+from minitron.engine.parallel import on_main
+from minitron.files import read_json
+from minitron.reporting.console import final_table, stage_banner
+from minitron.reporting.report import write_report
+from minitron.stages import calibrate, data, distill, evaluate, export, prune
+from minitron.stages.session import Session, session
+
+STAGES: tuple[tuple[str, Callable[[Session], object]], ...] = (
+    ("data", data.work),
+    ("calibrate", calibrate.work),
+    ("prune", prune.work),
+    ("distill", distill.work),
+    ("evaluate", evaluate.work),
+    ("export", export.work),
+)
+
+
+def run(cfg: Config) -> None:
+    """Open the run, do its stages in order, report."""
+    with session(cfg, "compress") as opened:
+        redo = False
+        for number, (verb, work) in enumerate(STAGES, start=1):
+            # a stage whose input was made anew is out of date whatever its own record says
+            done = opened.is_done(verb) and not redo
+            if opened.world.is_main:
+                stage_banner(number, len(STAGES) + 1, verb, "done before" if done else "")
+            if not done:
+                work(opened)
+                redo = verb != "evaluate"
+        on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
+
+
+def finish(opened: Session, number: int) -> None:
+    """The report, the table, and how to load the result."""
+    stage_banner(number, number, "report")
+    page = write_report(opened.folder)
+    model = opened.folder / "hf"
+    final_table(
+        read_json(opened.folder / evaluate.FILE),
+        {"report": str(page), "model": str(model), "load it": f'AutoModelForCausalLM.from_pretrained("{model}")'},
+    )

@@ -1,0 +1,20 @@
+"""`minitron data`: tokenise the run's texts into Megatron's indexed files."""
+
+from minitron.config.schema import Config
+from minitron.stages.session import Session, session
+
+
+def run(cfg: Config) -> None:
+    """Open the run and prepare its data."""
+    with session(cfg, "data") as opened:
+        work(opened)
+
+
+def work(opened: Session) -> None:
+    """Writes run.dir/data; what is there already and up to date stays."""
+    opened.mark("data", done=False)
+    manifest = opened.data
+    opened.mark("data", done=True)
+    if opened.world.is_main:
+        for name, part in manifest.parts.items():
+            print(f"  {name}: {part.documents:,} documents, {part.tokens:,} tokens from {part.source}")

@@ -1,0 +1,91 @@
+"""`minitron distill`: retrain the pruned model from the co-located teacher."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from minitron.config.schema import Config
+from minitron.data.corpus import TrainingSamples, Windows, batches, eval_batches
+from minitron.distillation.step import distillation_loss
+from minitron.engine.parallel import World
+from minitron.engine.scoring import language_model_score
+from minitron.engine.trainer import Task, Trainer, fit
+from minitron.errors import RequestError
+from minitron.reporting.console import progress
+from minitron.reporting.tracking import Tracker
+from minitron.stages.session import Session, session, stop_on_signal
+
+
+def run(cfg: Config) -> None:
+    """Open the run and distil."""
+    with session(cfg, "distill") as opened:
+        work(opened)
+
+
+def work(opened: Session) -> None:
+    """Writes run.dir/checkpoints and metrics.jsonl; continues from the newest checkpoint."""
+    opened.mark("distill", done=False)
+    cfg, world = opened.cfg, opened.world
+    student = opened.load_pruned()
+    if student.arch.vocab_size != opened.teacher_source.arch.vocab_size:
+        raise RequestError(
+            f"teacher.path={cfg.teacher.path}: vocabulary of {opened.teacher_source.arch.vocab_size}, the student's is {student.arch.vocab_size}"
+        )
+    loss = distillation_loss(student, opened.teacher, cfg.distill, world)
+    trainer = Trainer(student, cfg.train, world)
+    opened.checkpoints.resume(trainer)
+    samples = TrainingSamples(
+        opened.data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order"
+    )
+    with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
+        task = Task(
+            microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, student), report=report
+        )
+        fit(trainer, task, opened.checkpoints, stop_requested)
+    opened.mark("distill", done=True)
+
+
+def step_batches(samples: TrainingSamples, cfg: Config, world: World, step: int) -> list[torch.Tensor]:
+    """This rank's microbatches [B, S + 1] of a step: the global batch holds the same samples whatever the split."""
+    count = cfg.train.global_batch_size // (cfg.train.micro_batch_size * world.dp)
+    stream = batches(samples, start=step * cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, num_microbatches=count,
+                     dp_rank=world.dp_rank, dp_size=world.dp)  # fmt: skip
+    return [next(stream) for _ in range(count)]
+
+
+def validate(opened: Session, student: Any) -> dict[str, float]:
+    """The student's language-model loss on held-out text."""
+    cfg, world = opened.cfg, opened.world
+    windows = Windows(opened.data.blend("valid"), cfg.train.seq_length, limit_tokens=cfg.train.eval_tokens, setting="train.eval_tokens")
+    stream = eval_batches(windows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    return {"valid_loss": language_model_score(student, stream, world).loss}
+
+
+class _metrics:  # noqa: N801 (a context manager used like a function)
+    """metrics.jsonl and the progress bar, on rank 0."""
+
+    def __init__(self, opened: Session, start_step: int) -> None:
+        self.opened, self.start_step = opened, start_step
+        self.tracker: Tracker | None = None
+
+    def __enter__(self) -> Any:
+        cfg = self.opened.cfg
+        main = self.opened.world.is_main
+        if main:
+            self.tracker = Tracker(self.opened.folder, start_step=self.start_step, logging=cfg.logging, config=dataclasses.asdict(cfg))
+        self.bar = progress("distill", cfg.train.steps, cfg.logging.progress and main, start=self.start_step)
+        advance = self.bar.__enter__()
+
+        def report(line: dict[str, Any]) -> None:
+            if self.tracker is not None and (line["step"] % cfg.logging.interval == 0 or "valid_loss" in line):
+                self.tracker.log(line)
+            shown = {"loss": line["loss"], "tokens/s": line["tokens_per_second"]}
+            advance(1, **shown, **({"held-out": line["valid_loss"]} if "valid_loss" in line else {}))
+
+        return report
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.bar.__exit__(kind, error, traceback)
+        if self.tracker is not None:
+            self.tracker.__exit__(kind, error, traceback)

@@ -1,0 +1,61 @@
+"""`minitron evaluate`: loss and perplexity of the teacher, the pruned model and the student, on the sharded models."""
+
+from typing import Any
+
+from minitron.config.schema import Config
+from minitron.data.corpus import Windows, eval_batches
+from minitron.engine.model import Model
+from minitron.engine.scoring import Score, language_model_score
+from minitron.files import write_json
+from minitron.reporting.console import progress
+from minitron.stages.session import Session, session
+
+FILE = "eval.json"
+
+
+def run(cfg: Config) -> None:
+    """Open the run and evaluate."""
+    with session(cfg, "evaluate") as opened:
+        work(opened)
+
+
+def work(opened: Session) -> dict[str, Any]:
+    """Writes run.dir/eval.json for those of teacher, pruned model and student that are there, and returns its content."""
+    opened.mark("evaluate", done=False)
+    models = {"teacher": lambda: opened.teacher}
+    if opened.pruned.is_dir():
+        models["pruned"] = opened.load_pruned
+    if opened.checkpoints.latest() is not None:
+        models["student"] = opened.load_student
+    results = {name: measure(load(), name, opened) for name, load in models.items()}
+    if opened.world.is_main:
+        write_json(opened.folder / FILE, results)
+    opened.mark("evaluate", done=True)
+    return results
+
+
+def measure(model: Model, name: str, opened: Session) -> dict[str, Any]:
+    """One model's entry of eval.json. The figures at its top are of held-out text of the training corpus."""
+    texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened) for text in opened.cfg.eval.texts}
+    held_out = score(model, "valid", f"{name} on held-out text", opened)
+    return {
+        "params": model.arch.num_parameters(),
+        **_entry(held_out),
+        "tokens_per_second": held_out.tokens_per_second,
+        "texts": {text: _entry(found) for text, found in texts.items()},
+        "tasks": {},
+    }
+
+
+def score(model: Model, split: str, description: str, opened: Session) -> Score:
+    """Loss on windows of a prepared text that do not overlap; the last, partial window is left out."""
+    cfg, world = opened.cfg, opened.world
+    seq_length = cfg.eval.seq_length or cfg.train.seq_length
+    windows = Windows(opened.data.blend(split), seq_length, limit_tokens=cfg.eval.tokens)
+    stream = eval_batches(windows, micro_batch_size=cfg.eval.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance:
+        return language_model_score(model, stream, world, lambda count: advance(count * world.dp))
+
+
+def _entry(found: Score) -> dict[str, Any]:
+    return {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}

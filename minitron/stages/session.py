@@ -1,0 +1,220 @@
+"""An open run: its processes, its folder, its models and data. What every stage starts from."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import minitron
+from minitron.config.build import to_yaml
+from minitron.config.schema import Config
+from minitron.config.verbs import VERBS
+from minitron.data.manifest import Manifest
+from minitron.data.prepare import prepare
+from minitron.data.sources import check_source
+from minitron.engine.checkpoint import Checkpoints, load_model
+from minitron.engine.model import DTYPES, Model
+from minitron.engine.parallel import World, any_rank, on_main, world
+from minitron.errors import RequestError, refuse
+from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+from minitron.pruning.target import target_arch
+from minitron.weights.load import load
+from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
+
+RECORD = "stages.json"
+# settings that may differ between two commands on one run: where and how it runs, not what it makes
+FREE = ("run", "parallel", "eval", "logging", "device")
+
+
+@dataclasses.dataclass
+class Session:
+    """One command's view of a run. Paths of artifacts are properties here, so that no stage spells them."""
+
+    cfg: Config
+    world: World
+    folder: Path
+
+    @property
+    def dtype(self) -> Any:
+        """torch's type of weights and activations."""
+        return DTYPES[self.cfg.dtype]
+
+    @property
+    def pruned(self) -> Path:
+        """The pruned model."""
+        return self.folder / "pruned"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The student's checkpoints."""
+        return Checkpoints(self.folder / "checkpoints")
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The model to compress, checked; a .gguf is converted once, a hub id fetched once."""
+        return self._open(self.cfg.model.path, "model.path", "source")
+
+    @functools.cached_property
+    def teacher_source(self) -> Source:
+        """The teacher, checked: the model that is compressed unless teacher.path says otherwise."""
+        if self.cfg.teacher.path is None:
+            return self.source
+        return self._open(self.cfg.teacher.path, "teacher.path", "teacher_source")
+
+    def _open(self, path: str, setting: str, name: str) -> Source:
+        found = locate(path, setting)
+        if found.endswith(".gguf"):
+            folder = self.folder / name
+            return on_main(self.world, lambda: self._converted(Path(found), folder, setting))
+        if not Path(found).is_dir():
+            found = str(on_main(self.world, lambda: fetch(found, setting)))
+        return open_folder(Path(found), setting)
+
+    def _converted(self, gguf: Path, folder: Path, setting: str) -> Source:
+        if not folder.is_dir():
+            convert_gguf(gguf, folder, self.cfg.dtype)
+        return open_folder(folder, setting)
+
+    @functools.cached_property
+    def data(self) -> Manifest:
+        """The run's tokens, prepared on first use by rank 0."""
+        from minitron.reporting.console import progress
+
+        def make() -> Manifest:
+            with progress("tokenise", 0, False):
+                return prepare(
+                    self.cfg.data, self.source.folder, self.folder / "data", seed=self.cfg.seed, texts=self.cfg.eval.texts,
+                    vocab_size=self.source.arch.vocab_size,
+                )  # fmt: skip
+
+        return on_main(self.world, make)
+
+    def load_source(self) -> Model:
+        """A fresh copy of the model to compress, this rank's shard."""
+        return load(self.source, self.world, self.dtype)
+
+    @functools.cached_property
+    def teacher(self) -> Model:
+        """The teacher, this rank's shard, without gradients; kept for the rest of the command."""
+        model = load(self.teacher_source, self.world, self.dtype)
+        model.requires_grad_(False)
+        return model
+
+    def load_pruned(self) -> Model:
+        """The pruned model, before any retraining."""
+        if not self.pruned.is_dir():
+            raise refuse("run.dir", self.folder, "there is no pruned model here; minitron prune makes it")
+        return load_model(self.pruned, self.world, self.dtype)
+
+    def load_student(self) -> Model:
+        """The student of the newest checkpoint."""
+        step = self.checkpoints.latest()
+        if step is None:
+            raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them")
+        return load_model(self.pruned, self.world, self.dtype, weights=self.checkpoints.path(step))
+
+    def is_done(self, verb: str) -> bool:
+        """Whether this run finished a stage, with the settings it has now."""
+        entry = read_json(self.folder / RECORD).get(verb, {})
+        return bool(entry.get("done")) and entry["settings"] == settings_of(self.cfg, verb, free=True)
+
+    def mark(self, verb: str, done: bool) -> None:
+        """Note that a stage began, or that it is finished, on rank 0."""
+
+        def note() -> None:
+            record = read_json(self.folder / RECORD)
+            record[verb] = {"settings": settings_of(self.cfg, verb, free=True), "done": done, "version": minitron.__version__}
+            write_json(self.folder / RECORD, record)
+
+        on_main(self.world, note)
+
+
+def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
+    """The settings that decide what a verb makes; with `free`, also `eval`, which decides what evaluate reports."""
+    tree = dataclasses.asdict(cfg)
+    groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
+    return {group: tree[group] for group in groups}
+
+
+@contextlib.contextmanager
+def session(cfg: Config, verb: str) -> Iterator[Session]:
+    """Open a run: refuse what can't be done before any weight is read, then start the processes and claim the folder."""
+    check(cfg, verb)
+    with world(cfg.parallel, cfg.device, cfg.seed) as here:
+        opened = Session(cfg, here, Path(cfg.run.dir))
+        on_main(here, lambda: claim(opened.folder, cfg, verb))
+        if "target" in VERBS[verb].groups:
+            target_arch(opened.source.arch, cfg.target, cfg.parallel)
+        yield opened
+
+
+def check(cfg: Config, verb: str) -> None:
+    """Everything about a request that can be told without processes: paths and texts."""
+    groups = VERBS[verb].groups
+    if "model" in groups:
+        locate(cfg.model.path, "model.path")
+    if "teacher" in groups and cfg.teacher.path is not None:
+        locate(cfg.teacher.path, "teacher.path")
+    for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):
+        if "teacher" in groups and ranks not in (None, getattr(cfg.parallel, name)):
+            raise refuse(f"teacher.parallel.{name}", ranks, f"only null or parallel.{name}={getattr(cfg.parallel, name)} is supported")
+    if "data" in groups:
+        for name in ("train", "valid", "calibration"):
+            if (spec := getattr(cfg.data, name)) not in (None, "???"):
+                check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split)
+    if "eval" in groups:
+        for name, spec in cfg.eval.texts.items():
+            check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+    if "train" in groups:
+        per_step = cfg.train.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1")) // (cfg.parallel.tp * cfg.parallel.pp)
+        if per_step and cfg.train.global_batch_size % per_step:
+            raise refuse("train.global_batch_size", cfg.train.global_batch_size, f"must be divisible by micro_batch_size x replicas = {per_step}")
+
+
+def claim(folder: Path, cfg: Config, verb: str) -> None:
+    """Make the run's folder, or see that it belongs to this run; write config.yaml. Raises RequestError naming the first setting that differs."""
+    with os_errors_are_requests("cannot use run.dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    record_file = folder / RECORD
+    if not record_file.exists():
+        if any(path.name != RECORD for path in folder.iterdir() if not path.name.startswith(".")):
+            raise refuse("run.dir", folder, "the folder holds files that are not a run's; an empty or new folder is needed")
+        write_json(record_file, {})
+    mine = flat(settings_of(cfg, verb, free=False))
+    for stage, entry in read_json(record_file).items():
+        theirs = flat(entry["settings"])
+        for name in sorted(set(mine) & set(theirs)):
+            if mine[name] != theirs[name] and name.split(".")[0] not in FREE and name != "data.workers":
+                raise refuse(name, mine[name], f"run.dir={folder} belongs to a run whose {stage} has {theirs[name]!r}; use that, or another run.dir")
+    write_text(folder / "config.yaml", to_yaml(cfg))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+@contextlib.contextmanager
+def stop_on_signal(here: World) -> Iterator[Callable[[], bool]]:
+    """Inside the block SIGTERM and SIGUSR1 ask for a stop; the yielded function tells, the same on every rank, whether one did."""
+    seen: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: any_rank(bool(seen), here)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def need(path: Path, verb: str) -> Path:
+    """A file that an earlier stage makes; refused with that stage's name where it is absent."""
+    if not path.exists():
+        raise RequestError(f"{path} is not there; minitron {verb} makes it")
+    return path

@@ -1,0 +1,257 @@
+"""Preparation: the tokens are those of the plain tokenizer, the splits share nothing and lose nothing, and a restart redoes only what changed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import Tokenizer
+
+from minitron.config.schema import Data
+from minitron.data.manifest import Manifest
+from minitron.data.prepare import prepare
+from minitron.errors import RequestError
+
+
+def expected(texts: list[str]) -> list[list[int]]:
+    """The oracle: byte b is token b + 2, and 1 ends a document."""
+    return [[*(byte + 2 for byte in text.encode()), 1] for text in texts]
+
+
+def stored(prefix: Path) -> list[list[int]]:
+    """The documents as Megatron reads them."""
+    indexed = IndexedDataset(str(prefix))
+    assert list(indexed.document_indices) == list(range(len(indexed) + 1))
+    return [indexed[number].tolist() for number in range(len(indexed))]
+
+
+def all_stored(manifest: Manifest, split: str) -> list[list[int]]:
+    return [document for prefix, _ in manifest.blend(split) for document in stored(prefix)]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
+
+
+@pytest.fixture
+def data(corpus: Path) -> Data:
+    return Data(train=str(corpus), valid_fraction=0.2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "data"
+
+
+def test_tokens_are_the_bytes_of_the_text(data: Data, folder: Path, corpus: Path, tokenizer_path: Path, texts: list[str]) -> None:
+    manifest = prepare(dataclasses.replace(data, valid=str(corpus)), tokenizer_path, folder, seed=1)
+    oracle = expected(texts)
+    assert any("</s>" in text for text in texts)  # spelled out, and yet no end of a document
+    assert stored(folder / "train") == oracle
+    assert stored(folder / "valid") == oracle
+    assert IndexedDataset(str(folder / "train")).index.dtype == np.uint16
+    part = manifest.parts["train"]
+    assert (part.documents, part.tokens) == (len(texts), sum(len(text.encode()) + 1 for text in texts))
+    assert part.largest_id == max(map(max, oracle))
+    assert part.source == str(corpus)
+    for ending in ("bin", "idx"):
+        assert part.sha256[ending] == hashlib.sha256((folder / f"train.{ending}").read_bytes()).hexdigest()
+    assert Manifest.load(folder) == manifest
+
+
+def test_held_out_documents_are_disjoint_and_exhaustive(data: Data, folder: Path, tokenizer_path: Path, texts: list[str]) -> None:
+    manifest = prepare(data, tokenizer_path, folder, seed=1)
+    train, valid = stored(folder / "train"), stored(folder / "valid")
+    oracle = expected(texts)
+    assert Counter(map(tuple, train + valid)) == Counter(map(tuple, oracle))
+    assert [document for document in oracle if document in train] == train  # in their order
+    assert 8 <= len(valid) <= 32  # 97 documents, a fifth of them
+    assert manifest.num_tokens("train") + manifest.num_tokens("valid") == sum(map(len, oracle))
+    other = prepare(data, tokenizer_path, folder.with_name("other"), seed=2)
+    assert all_stored(other, "valid") != valid
+
+
+def test_calibration_is_the_training_split_or_its_own(data: Data, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    manifest = prepare(data, tokenizer_path, folder, seed=1, splits=("calibration",))
+    assert manifest.blend("calibration") == manifest.blend("train") == [(folder / "train", 1.0)]
+    (tmp_path / "own.txt").write_text("own")
+    manifest = prepare(dataclasses.replace(data, calibration=f"{tmp_path}/own.txt"), tokenizer_path, folder, seed=1, splits=("calibration",))
+    assert all_stored(manifest, "calibration") == expected(["own"])
+    assert prepare(data, tokenizer_path, folder, seed=1).blend("calibration") == [(folder / "train", 1.0)]
+    assert not (folder / "calibration.bin").exists()  # nothing uses it any more
+
+
+def test_two_workers_give_the_same_bytes_as_one(data: Data, folder: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.data.tokenizing.CHUNK_DOCUMENTS", 5)  # 20 chunks, so that both workers have several
+    one = prepare(data, tokenizer_path, folder, seed=1)
+    two = prepare(dataclasses.replace(data, workers=2), tokenizer_path, folder.with_name("two"), seed=1)
+    assert {name: part.sha256 for name, part in one.parts.items()} == {name: part.sha256 for name, part in two.parts.items()}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_blend_keeps_its_sources_apart(folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{number}"}) + "\n" for number in range(30)))
+    data = Data(train=f"3 {tmp_path}/a.jsonl 1 {tmp_path}/b.jsonl", valid_fraction=0.2)
+    manifest = prepare(data, tokenizer_path, folder, seed=1)
+    assert [(prefix.name, weight) for prefix, weight in manifest.blend("train")] == [("train.0", 3.0), ("train.1", 1.0)]
+    assert [(prefix.name, weight) for prefix, weight in manifest.blend("valid")] == [("valid.0", 3.0), ("valid.1", 1.0)]
+    for number, name in enumerate("ab"):
+        documents = stored(folder / f"train.{number}") + stored(folder / f"valid.{number}")
+        assert Counter(map(tuple, documents)) == Counter(map(tuple, expected([f"{name}{number}" for number in range(30)])))
+    before = snapshot(folder)
+    reweighted = prepare(dataclasses.replace(data, train=data.train.replace("3 ", "5 ")), tokenizer_path, folder, seed=1)
+    assert [weight for _, weight in reweighted.blend("train")] == [5.0, 1.0]
+    assert snapshot(folder) == before  # weights are not in the files
+
+
+def test_named_texts_are_splits_of_their_own(data: Data, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "wiki.txt").write_text("one document\n\nwhole")
+    manifest = prepare(data, tokenizer_path, folder, seed=1, splits=(), texts={"wiki-2": f"{tmp_path}/wiki.txt"})
+    assert stored(folder / "text_wiki-2") == expected(["one document\n\nwhole"])
+    assert list(manifest.splits) == ["text_wiki-2"]
+    with pytest.raises(RequestError, match=r"^eval.texts=a/b: "):
+        prepare(data, tokenizer_path, folder, seed=1, splits=(), texts={"a/b": f"{tmp_path}/wiki.txt"})
+    with pytest.raises(RequestError, match=r"^eval.texts.gone=.*: no such file"):
+        prepare(data, tokenizer_path, folder, seed=1, splits=(), texts={"gone": f"{tmp_path}/gone.txt"})
+    with pytest.raises(RequestError, match="no train data prepared here; there is text_wiki-2"):
+        manifest.blend("train")
+
+
+def test_restart_does_nothing_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
+    first = prepare(data, tokenizer_path, folder, seed=1)
+    before = snapshot(folder)
+    calls: list[tuple[str, int, int]] = []
+    assert prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call)) == first
+    assert snapshot(folder) == before and not calls
+
+
+def test_restart_redoes_what_changed_and_no_more(data: Data, folder: Path, corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "valid.txt").write_text("first")
+    data = dataclasses.replace(data, valid=f"{tmp_path}/valid.txt")
+    prepare(data, tokenizer_path, folder, seed=1)
+    before = snapshot(folder)
+    (tmp_path / "valid.txt").write_text("second")
+    manifest = prepare(data, tokenizer_path, folder, seed=1)
+    assert all_stored(manifest, "valid") == expected(["second"])
+    assert snapshot(folder)["train.bin"] == before["train.bin"]
+    (folder / "train.idx").unlink()  # a lost file
+    prepare(data, tokenizer_path, folder, seed=1)
+    assert snapshot(folder)["train.idx"][1] == before["train.idx"][1]
+
+
+@pytest.mark.parametrize("change", [{"valid_fraction": 0.4}, {"text_key": "id2"}, {"seed": 2}])
+def test_other_settings_redo_a_split(change: dict, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n}", "id2": f"x{n}"}) + "\n" for n in range(50)))
+    data = Data(train=str(path), valid_fraction=0.2)
+    prepare(data, tokenizer_path, folder, seed=1)
+    before = snapshot(folder)
+    seed = change.pop("seed", 1)
+    again = prepare(dataclasses.replace(data, **change), tokenizer_path, folder, seed=seed)
+    fresh = prepare(dataclasses.replace(data, **change), tokenizer_path, folder.with_name("fresh"), seed=seed)
+    assert all_stored(again, "train") == all_stored(fresh, "train")
+    assert snapshot(folder)["train.bin"][1] != before["train.bin"][1]
+
+
+def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
+    data: Data, folder: Path, corpus: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = prepare(data, tokenizer_path, folder, seed=1)
+
+    def killed(name: str, documents: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tokenizer_path, folder, seed=2, on_progress=killed)
+    assert not list(folder.glob(".*partial"))
+    assert "train" not in Manifest.load(folder).splits
+    # going back to the first settings must not trust the files that the second ones may have touched
+    assert prepare(data, tokenizer_path, folder, seed=1) == complete
+
+
+def test_killed_outright_is_taken_up_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
+    prepare(data, tokenizer_path, folder, seed=1)
+    child = os.fork()
+    if not child:  # the kernel ends it in the middle of other files of the same names
+        prepare(data, tokenizer_path, folder, seed=2, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert list(folder.glob(".*partial")) and "train" not in Manifest.load(folder).splits
+    again = prepare(data, tokenizer_path, folder, seed=2)
+    assert again.parts == prepare(data, tokenizer_path, folder.with_name("fresh"), seed=2).parts
+    assert not list(folder.glob(".*partial"))
+
+
+def test_progress_counts_documents_and_tokens(
+    data: Data, folder: Path, tokenizer_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.data.prepare.PROGRESS_DOCUMENTS", 40)
+    calls: list[tuple[str, int, int]] = []
+    prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call))
+    sizes = [len(text.encode()) + 1 for text in texts]
+    assert calls == [("train", 40, sum(sizes[:40])), ("train", 80, sum(sizes[:80])), ("train", 97, sum(sizes))]
+
+
+def test_prepared_data_is_used_in_place_or_held_out_of(data: Data, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    made = prepare(data, tokenizer_path, folder, seed=1)
+    whole = all_stored(made, "train")
+    prefix = tmp_path / "run" / "data" / "train"
+    before = snapshot(folder)
+    other = tmp_path / "other"
+    in_place = prepare(Data(train=str(prefix), valid=str(prefix)), tokenizer_path, other, seed=1)
+    assert in_place.blend("train") == [(prefix, 1.0)] and not list(other.glob("*.bin"))
+    assert in_place.parts["train"].sha256 == made.parts["train"].sha256
+    carved = prepare(Data(train=str(prefix), valid_fraction=0.3), tokenizer_path, other, seed=1)
+    assert Counter(map(tuple, all_stored(carved, "train") + all_stored(carved, "valid"))) == Counter(map(tuple, whole))
+    assert all_stored(carved, "valid")
+    assert snapshot(folder) == before  # never removed, whatever becomes unused
+    back = prepare(Data(train=str(prefix), valid=str(prefix)), tokenizer_path, other, seed=1)
+    assert back.blend("train") == [(prefix, 1.0)] and snapshot(folder) == before
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(data: Data, folder: Path, tokenizer_path: Path, texts: list[str]) -> None:
+    largest = max(map(max, expected(texts)))
+    prepare(data, tokenizer_path, folder, seed=1, vocab_size=largest + 1)
+    for place in (folder, folder.with_name("fresh")):  # of files that are there, and of files to be made
+        with pytest.raises(RequestError, match=rf"token id {largest} is outside the model's vocabulary of {largest}"):
+            prepare(data, tokenizer_path, place, seed=1, vocab_size=largest)
+    with pytest.raises(RequestError, match=f"token id {largest} is outside"):
+        prepare(Data(train=str(folder / "train"), valid=str(folder / "valid")), tokenizer_path, folder.with_name("o"), seed=1, vocab_size=largest)
+
+
+def test_unusable_requests_are_one_line(data: Data, folder: Path, tokenizer_path: Path, endless_tokenizer_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"^model.path=.*: its tokenizer has no end-of-document token"):
+        prepare(data, endless_tokenizer_path, folder, seed=1)
+    with pytest.raises(RequestError, match=r"^model.path=.*: its tokenizer can't be read"):
+        prepare(data, tmp_path, folder, seed=1)
+    with pytest.raises(RequestError, match=r"^data.train=\?\?\?: a source of text is needed"):
+        prepare(Data(), tokenizer_path, folder, seed=1)
+    with pytest.raises(RequestError, match=r"^data.valid=gone.txt: no such file"):
+        prepare(dataclasses.replace(data, valid="gone.txt"), tokenizer_path, folder, seed=1)
+    assert not folder.exists()  # all refused before anything was written
+    (tmp_path / "late.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"body": 1}\n')
+    with pytest.raises(RequestError, match=r"^data.text_key=text: line 3 of"):
+        prepare(Data(train=f"{tmp_path}/late.jsonl"), tokenizer_path, folder, seed=1)
+    assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
+    folder.joinpath("manifest.json").write_text('{"parts": []}')
+    with pytest.raises(RequestError, match="is not a manifest of prepared data"):
+        prepare(data, tokenizer_path, folder, seed=1)
+
+
+def test_text_without_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    backend.normalizer = normalizers.Strip()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "strip")
+    (tmp_path / "blank.txt").write_text(" \n ")
+    with pytest.raises(RequestError, match=r"^data.train=.*blank.txt: holds no text that gives tokens"):
+        prepare(Data(train=f"{tmp_path}/blank.txt"), tmp_path / "strip", folder, seed=1)

@@ -1,0 +1,120 @@
+"""What a run prints, on terminals of several widths and where there is none."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from minitron.reporting.console import final_table, progress, stage_banner
+
+
+def console(width=80, terminal=False):
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
+
+
+def printed(to):
+    """Everything printed, without the codes of colours and cursor moves."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", to.file.getvalue())
+
+
+@pytest.mark.parametrize("total", [10, 47, 1000])
+def test_without_a_terminal_progress_is_ten_plain_lines(total):
+    to = console()
+    with progress("calibrate", total, True, console=to) as advance:
+        for turn in range(total):
+            advance(loss=3.5 - turn / total, tokens_per_second=12345.6)
+    lines = printed(to).splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith("calibrate ") and "tokens/s 12,346" in line for line in lines)
+    done = [int(re.search(r" ([\d,]+)/", line).group(1).replace(",", "")) for line in lines]
+    assert done == [-(-total * tenth // 10) for tenth in range(1, 11)]
+    assert "(100 %)" in lines[-1] and "ETA 0:00:00" in lines[-1]
+    assert "\x1b" not in to.file.getvalue() and "\r" not in to.file.getvalue()
+
+
+def test_few_turns_make_few_lines_and_none_makes_none():
+    to = console()
+    with progress("prune", 3, True, console=to) as advance:
+        for _ in range(3):
+            advance()
+    assert [line.split()[1] for line in printed(to).splitlines()] == ["1/3", "2/3", "3/3"]
+    with progress("prune", 0, True, console=to):
+        pass
+    assert len(printed(to).splitlines()) == 3
+
+
+def test_progress_continues_where_it_was_and_takes_many_turns_at_once():
+    to = console()
+    with progress("distill", 100, True, start=60, console=to) as advance:
+        advance(20)
+        advance(20)
+    assert [line.split(" elapsed")[0] for line in printed(to).splitlines()] == ["distill 80/100 (80 %)", "distill 100/100 (100 %)"]
+
+
+def test_a_field_stays_until_it_changes():
+    to = console()
+    with progress("distill", 2, True, console=to) as advance:
+        advance(valid_loss=2.71828)
+        advance(loss=1.5, note="late")
+    assert printed(to).splitlines()[1].endswith("valid loss 2.718 · loss 1.5 · note late")
+
+
+def test_disabled_progress_prints_nothing():
+    for terminal in (False, True):
+        to = console(terminal=terminal)
+        with progress("distill", 5, False, console=to) as advance:
+            advance(loss=1.0)
+        assert to.file.getvalue() == ""
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_on_a_terminal_progress_is_a_bar_that_fits(width):
+    to = console(width, terminal=True)
+    with progress("distill [x]", 200, True, console=to) as advance:
+        advance(200, loss=1.234, kd_loss=0.25, tokens_per_second=1500.0)
+    last = [line for line in re.split(r"[\r\n]+", printed(to)) if line.strip()][-2:]
+    assert last[0].startswith("distill [x] ━") and "100 %" in last[0] and "200/200" in last[0] and "ETA" in last[0]
+    assert len(last[0].rstrip()) <= width and last[0].count("━") >= width // 3
+    assert last[1].strip() == "loss 1.234 · kd loss 0.25 · tokens/s 1,500"
+
+
+def test_banner_tells_stage_and_detail():
+    plain, rich = console(), console(terminal=True)
+    for to in (plain, rich):
+        stage_banner(2, 6, "prune", "hidden 576 → 512 [bold]", console=to)
+    assert printed(plain) == "[2/6] prune: hidden 576 → 512 [bold]\n"
+    assert printed(rich).strip().startswith("2/6 prune  hidden 576 → 512 [bold] ─")
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_final_table_has_every_number(run_dir, width, terminal):
+    to = console(width, terminal)
+    final_table(json.loads((run_dir / "eval.json").read_text()), {"report": "runs/a/report.html"}, console=to)
+    lines = printed(to).splitlines()
+    cells = [line.split() for line in lines]
+    assert max(map(len, lines)) <= width
+    assert ["held-out", "teacher", "134.5", "M", "2.650", "14.15", "1,210"] in cells
+    assert ["pruned", "101.9", "M", "4.380", "79.84", "1,530"] in cells
+    assert ["distilled", "101.9", "M", "2.950", "19.11", "82.7", "%", "1,530"] in cells
+    assert ["wikitext2", "teacher", "134.5", "M", "3.480", "32.46", "1,210"] in cells
+    assert ["distilled", "101.9", "M", "4.020", "55.70", "74.5", "%", "1,530"] in cells
+    assert cells[-1] == ["report", "runs/a/report.html"]
+
+
+def test_final_table_of_a_partial_evaluation():
+    to = console()
+    final_table({"teacher": {"params": 1000, "loss": 2.0, "perplexity": 7.389, "tasks": {"piqa": {"acc": 0.6432}}}}, console=to)
+    cells = [line.split() for line in printed(to).splitlines()]
+    assert ["held-out", "teacher", "1.0", "K", "2.000", "7.39", "–"] in cells
+    assert ["piqa", "acc", "0.6432", "–", "–"] in cells
+
+
+def test_names_from_files_are_shown_as_they_are():
+    to, name = console(140), "[red]x[/red] [/]"
+    final_table(
+        {"teacher": {"params": 1, "loss": 1.0, "perplexity": 2.7, "texts": {name: {"loss": 1.0}}, "tasks": {name: 0.5}}}, {name: name}, console=to
+    )
+    assert printed(to).count(name) == 4

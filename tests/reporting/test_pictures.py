@@ -1,0 +1,141 @@
+"""What the pictures are drawn from, against counts and sums made another way; and that their SVG is sound."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from minitron.arch import Arch
+from minitron.reporting import pictures
+from minitron.reporting.drawing import COLORS, boxes, draw
+from minitron.reporting.runfiles import read_run
+
+SMOLLM2 = Arch("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, share_embeddings_and_output_weights=True)
+
+
+def every_picture(run):
+    return [
+        pictures.parameter_bars(run.original, run.pruned),
+        pictures.blueprint(run.original, run.pruned, run.keep),
+        *pictures.importance_pictures(run.importance, run.keep, "activation"),
+        pictures.train_curve(run.metrics),
+        pictures.validation_curve(run.metrics, run.evals),
+        pictures.loss_dots(run.evals),
+    ]
+
+
+def test_parts_add_up_to_the_model():
+    attention = 30 * (576 * (9 + 3 + 3) * 64 + 9 * 64 * 576 + 576)
+    assert pictures.part_parameters(SMOLLM2) == {
+        "embedding and head": 49152 * 576 + 576,
+        "attention": attention,
+        "MLP": 30 * (3 * 576 * 1536 + 576),
+    }
+    assert sum(pictures.part_parameters(SMOLLM2).values()) == 134515008  # as the model's card says
+
+
+def test_every_picture_is_sound_svg_in_the_colours_of_the_page(every_axis_run_dir):
+    for picture in every_picture(read_run(every_axis_run_dir)):
+        root = ElementTree.fromstring(picture.svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("viewBox").startswith("0 0 400 ")
+        assert not re.search(r"(fill|stroke)[:=]\s*\"?#", picture.svg), f"{picture.title}: a colour that the dark page does not change"
+        assert set(re.findall(r"var\(--(\w+)\)", picture.svg)) <= set(COLORS)
+        assert "font-family" not in picture.svg and "<style" not in picture.svg and "<image" not in picture.svg
+
+
+def test_pictures_are_the_same_every_time(run_dir):
+    run = read_run(run_dir)
+    assert pictures.hidden_curve(run.importance["hidden"], run.keep["hidden"]) == pictures.hidden_curve(run.importance["hidden"], run.keep["hidden"])
+
+
+def test_which_pictures_there_are_depends_on_what_was_pruned(run_dir, every_axis_run_dir):
+    def titles(folder):
+        run = read_run(folder)
+        return [picture.title for picture in pictures.importance_pictures(run.importance, run.keep)]
+
+    assert titles(run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads"]
+    assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads", "KV groups"]
+
+
+def test_captions_tell_what_was_cut(every_axis_run_dir):
+    run = read_run(every_axis_run_dir)
+    captions = {picture.title: picture.caption for picture in every_picture(run)}
+    dropped = sorted(set(range(30)) - set(run.keep["layers"].tolist()))
+    assert len(dropped) == 4 and f"dropped: {', '.join(map(str, dropped))}." in captions["Layers"]
+    assert "4 of 30 layers dropped" in captions["Blueprint"]
+    scores = np.sort(run.importance["hidden"])[::-1]
+    assert f"{100 * scores[:512].sum() / scores.sum():.1f} %" in captions["Hidden channels"]
+    assert "the cut after 1,152." in captions["MLP neurons"]
+    assert "39.3 M tokens and 1,200 steps. Skipped steps: 1." in captions["Distillation loss"]
+
+
+def test_every_kept_head_has_a_dot_and_every_cut_one_a_cross(every_axis_run_dir):
+    run = read_run(every_axis_run_dir)
+    picture = next(picture for picture in pictures.importance_pictures(run.importance, run.keep) if picture.title == "Attention heads")
+    kept = 26 * 4
+    crosses = 2 * (26 * 9 - kept)  # each with a rim
+    assert picture.svg.count("<use") == kept + crosses
+
+
+def test_boxes_cover_what_they_are_told():
+    patch = boxes(np.array([[0, 0, 2, 1], [3, 1, 1, 0.5]]), "#000000")
+    corners = patch.get_path().vertices.reshape(-1, 5, 2)
+    assert corners.min(axis=1).tolist() == [[0, 0], [3, 1]] and corners.max(axis=1).tolist() == [[2, 1], [4, 1.5]]
+
+
+def test_series_leave_out_what_is_not_a_number():
+    metrics = [
+        {"step": 1, "tokens": 10, "loss": 2.0},
+        {"step": 2, "tokens": 20, "loss": None},
+        {"step": 3, "tokens": 30},
+        {"step": 4, "tokens": 40, "loss": 1.0},
+    ]
+    tokens, loss = pictures.series(metrics, "loss")
+    assert tokens.tolist() == [10, 40] and loss.tolist() == [2.0, 1.0]
+    assert pictures.series([], "loss")[0].tolist() == []
+
+
+@pytest.mark.parametrize("length", [1, 7, 39, 40, 1000])
+def test_smoothing_keeps_lines_straight_and_thinning_keeps_the_mean(length):
+    line = np.linspace(5, 1, length)
+    assert np.allclose(pictures.smooth(line), line)
+    noise = np.random.default_rng(0).normal(size=length)
+    x, y = pictures.thin(np.arange(length, dtype=float), noise, points=length)
+    assert np.array_equal(y, noise) and np.array_equal(x, np.arange(length))
+    assert len(pictures.thin(x, noise, points=8)[1]) == min(length, 8)
+    if length == 1000:
+        assert np.isclose(pictures.thin(x, noise, points=8)[1].mean(), noise.mean()) and np.var(pictures.smooth(noise)) < 0.1 * np.var(noise)
+
+
+def test_relative_scores_compare_within_a_layer():
+    values, _, _ = pictures.relative(np.array([[1.0, 2.0, 3.0], [100.0, 200.0, 300.0]]))
+    assert np.allclose(values[0], values[1]) and values[0, 1] == 0
+
+
+@pytest.mark.parametrize("scores", [np.zeros((2, 4)), np.ones((1, 1)), np.array([[0.0, 5.0]])])
+def test_scores_without_spread_can_be_drawn(scores):
+    for axis in ("heads", "groups"):
+        ElementTree.fromstring(pictures.heads_map(axis, scores, None).svg)
+    ElementTree.fromstring(pictures.ffn_map("ffn", scores, None).svg)
+    ElementTree.fromstring(pictures.hidden_curve(scores[0], None).svg)
+
+
+def test_training_without_teacher_or_evaluation_is_drawn():
+    metrics = [{"step": step, "tokens": step * 10, "loss": 3.0 / step, "valid_loss": 2.0} for step in (1, 2, 3)]
+    picture = pictures.train_curve(metrics)
+    assert picture.title == "Training loss" and picture.caption.startswith("From 3.000 to 1.000 over 30 tokens and 3 steps.")
+    assert "pruned" not in pictures.validation_curve(metrics, {}).svg
+    assert pictures.train_curve([{"step": 1}]) is None and pictures.validation_curve([{"step": 1}], {}) is None
+
+
+def test_losses_that_are_not_finite_can_be_drawn():
+    evals = json.loads('{"teacher": {"loss": 2.0}, "pruned": {"loss": Infinity}, "student": {"loss": NaN}}')
+    assert ">2.00</text>" in pictures.loss_dots(evals).svg
+    ElementTree.fromstring(pictures.validation_curve([{"step": 1, "tokens": 5, "valid_loss": 2.5}], evals).svg)
+
+
+def test_texts_in_pictures_are_escaped_and_never_mathematics():
+    svg = draw("x", 100, lambda figure: figure.text(0.5, 0.5, r"<script>$\frac{1}$</script>"))
+    assert "<script" not in svg and ElementTree.fromstring(svg).findall(".//{*}text")[0].text == r"<script>$\frac{1}$</script>"
