@@ -57,6 +57,8 @@ def prepare(data: Data, tokenizer_path: str | Path, folder: Path, *, seed: int, 
     keys = [_made_from(job, data, seed, fingerprint(tokenizer)) for job in jobs]
     todo = [(job, key) for job, key in zip(jobs, keys, strict=True) if not _is_current(manifest, job, key)]
     for job, _ in todo:
+        if job.source.kind == "prepared" and job.source.prefix.parent.resolve() == manifest.folder.resolve():
+            raise job.source.refusal(job.source.given, "is this run's own data; give the source that it was made from, or use another run.dir")
         check_located(job.source, data.text_key, data.split)
     for job, key in todo:
         for _, name in job.parts:
@@ -191,10 +193,9 @@ def _check_vocabulary(source: Source, largest: int, vocab_size: int | None) -> N
 
 
 def _remove_unused(manifest: Manifest) -> None:
-    """Remove the files of parts that no split uses any more (a blend became one source, say), never prepared data that lies elsewhere."""
+    """Remove the files of parts that no split uses any more (a blend became one source, say). Prepared data lies elsewhere and is never touched."""
     used = {name for rows in manifest.splits.values() for name, _ in rows}
     for name in set(manifest.parts) - used:
-        part = manifest.parts.pop(name)
-        if part.prefix == name:
-            for ending in ("bin", "idx"):
-                remove(manifest.folder / f"{name}.{ending}")
+        del manifest.parts[name]
+        for ending in ("bin", "idx"):
+            remove(manifest.folder / f"{name}.{ending}")

@@ -212,6 +212,8 @@ def test_prepared_data_is_used_in_place_or_held_out_of(data: Data, folder: Path,
     assert Counter(map(tuple, all_stored(carved, "train") + all_stored(carved, "valid"))) == Counter(map(tuple, whole))
     assert all_stored(carved, "valid")
     assert snapshot(folder) == before  # never removed, whatever becomes unused
+    with pytest.raises(RequestError, match="is this run's own data"):
+        prepare(Data(train=str(other / "train")), tokenizer_path, other, seed=1)
     back = prepare(Data(train=str(prefix), valid=str(prefix)), tokenizer_path, other, seed=1)
     assert back.blend("train") == [(prefix, 1.0)] and snapshot(folder) == before
 
@@ -222,6 +224,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(data: Data, folder: Path, t
     for place in (folder, folder.with_name("fresh")):  # of files that are there, and of files to be made
         with pytest.raises(RequestError, match=rf"token id {largest} is outside the model's vocabulary of {largest}"):
             prepare(data, tokenizer_path, place, seed=1, vocab_size=largest)
+    assert not list(folder.with_name("fresh").glob("*.bin"))  # seen while tokenising, not after it
     with pytest.raises(RequestError, match=f"token id {largest} is outside"):
         prepare(Data(train=str(folder / "train"), valid=str(folder / "valid")), tokenizer_path, folder.with_name("o"), seed=1, vocab_size=largest)
 
