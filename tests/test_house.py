@@ -24,6 +24,7 @@ ORDER = [
     {"importance", "pruning", "distillation", "evaluation"},
     {"search"},
     {"launching", "reporting"},
+    {"session"},
     {"stages"},
     {"cli"},
 ]

@@ -37,9 +37,7 @@ class Arch:
             if field.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{field.name}={value!r}: a positive whole number is needed")
         if self.num_attention_heads % self.num_query_groups:
-            raise RequestError(
-                f"num_attention_heads={self.num_attention_heads}: must be a multiple of num_query_groups={self.num_query_groups}"
-            )
+            raise RequestError(f"num_attention_heads={self.num_attention_heads}: must be a multiple of num_query_groups={self.num_query_groups}")
 
     @property
     def heads_per_group(self) -> int:

@@ -18,9 +18,7 @@ class Counts:
 
 def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
     """Costs of one forward pass of `arch` per token, at sequences of `seq_length` tokens."""
-    embedding = sum(
-        dim_size(row.dims[0], arch) * dim_size(row.dims[1], arch) for row, _ in parameters(arch) if row.dims[0] == VOCAB
-    )
+    embedding = sum(dim_size(row.dims[0], arch) * dim_size(row.dims[1], arch) for row, _ in parameters(arch) if row.dims[0] == VOCAB)
     total = count_parameters(arch)
     # every matrix is one multiply-add per element and token; the embedding is a lookup, the head (tied or not) a product
     matrices = total - embedding + arch.vocab_size * arch.hidden_size

@@ -65,6 +65,7 @@ MISTRAL = Family(
 )
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL)}
 
+
 def from_hf(config: dict[str, Any], where: str) -> Arch:
     """Read an `Arch` from the content of a config.json.
 

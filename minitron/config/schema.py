@@ -45,7 +45,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str = setting(MISSING, "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package")
+    path: str = setting(
+        MISSING,
+        "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A source is a file or folder (.txt .jsonl .jsonl.gz .json .parquet, or a prefix of prepared .bin/.idx), a hub id, package:NAME/FILE, or a
-    blend `weight source weight source ...`."""
+    """A source is a file or folder (.txt, one document each; .jsonl .json .parquet, also compressed; or a prefix of prepared .bin/.idx), a hub id
+    (ID or ID:CONFIG), package:NAME/FILE, or a blend `weight source weight source ...`; SOURCE#FIELD names the text's field for one source."""
 
     train: str = setting(MISSING, "text to distil and train on")
     valid: str | None = setting(None, "held-out text (null: documents held out of data.train)")

@@ -1,13 +1,33 @@
 """The only folder that knows Megatron: processes and groups, the model, schedules, the training loop, checkpoints.
 
-Importing Megatron without apex and Transformer Engine prints advice to install them; both are optional here, so the
-advice is kept from the user. Nothing else happens.
+The rest of the project writes `from minitron import engine` and `engine.NAME`. The module behind a name is imported on
+first use, so everything outside this folder can be imported, read and tested where Megatron is absent.
 """
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core.models.gpt  # noqa: F401
-    import megatron.core.optimizer  # noqa: F401
-    import megatron.core.pipeline_parallel.schedules  # noqa: F401
+if TYPE_CHECKING:
+    from minitron.engine.checkpoint import *  # noqa: F403
+    from minitron.engine.model import *  # noqa: F403
+    from minitron.engine.parallel import *  # noqa: F403
+    from minitron.engine.schedule import *  # noqa: F403
+    from minitron.engine.scoring import *  # noqa: F403
+    from minitron.engine.trainer import *  # noqa: F403
+    from minitron.engine.vocab import *  # noqa: F403
+
+MODULES = ("parallel", "model", "schedule", "vocab", "scoring", "checkpoint", "trainer")
+
+
+def __getattr__(name: str) -> Any:
+    """The object called `name` in the first of MODULES that has it."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    with warnings.catch_warnings():
+        # without apex and Transformer Engine, importing Megatron advises to install them; both are optional here
+        warnings.simplefilter("ignore")
+        for module in MODULES:
+            if (found := vars(importlib.import_module(f"minitron.engine.{module}")).get(name)) is not None:
+                return found
+    raise AttributeError(f"minitron.engine has no {name}")

@@ -23,9 +23,10 @@ class Attention(MegatronModule):
     def forward(self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, attention_mask: Any,
                 attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> torch.Tensor:  # fmt: skip
         """Returns [S, B, N * D]."""
-        heads_first = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        shared = query_BNSD.size(1) != key_BGSD.size(1)
         out_BNSD = torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=query_SBND.size(2) != key_SBGD.size(2)
+            query_BNSD, key_BGSD, value_BGSD, is_causal=True, scale=self.softmax_scale, enable_gqa=shared
         )
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
@@ -37,7 +38,7 @@ class Norm:
         kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 

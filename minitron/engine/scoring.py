@@ -33,9 +33,7 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def language_model_score(
-    model: Model, batches: Iterable[tuple[Tensor, Tensor]], world: World, advance: Callable[[int], None] | None = None
-) -> Score:
+def language_model_score(model: Model, batches: Iterable[tuple[Tensor, Tensor]], world: World, advance: Callable[[int], None] | None = None) -> Score:
     """Mean next-token loss over windows of tokens. Every rank returns the same.
 
     `batches` yields (tokens [B, S + 1], valid [B] bool): windows that only fill up a batch are not counted.

@@ -143,7 +143,9 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         trainer.step += 1
         bad = bad + 1 if line["skipped"] else 0
         if bad == BAD_STEPS_IN_A_ROW:
-            raise RequestError(f"the loss was not finite for {bad} steps in a row, up to step {trainer.step}: lower train.lr={settings.lr} or check the data")
+            raise RequestError(
+                f"the loss was not finite for {bad} steps in a row, up to step {trainer.step}: lower train.lr={settings.lr} or check the data"
+            )
         seconds = time.perf_counter() - started
         tokens = settings.global_batch_size * settings.seq_length
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
@@ -156,5 +158,3 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
             checkpoints.save(trainer)
         if stopping and trainer.step < settings.steps:
             checkpoints.stop(trainer)
-
-

@@ -3,6 +3,8 @@
 Legend: S sequence (a rank's part under sequence parallelism), B batch, H hidden, F ffn, N heads, G groups, D kv_channels, U units.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron.engine.model import Model
-from minitron.engine.parallel import World
+from minitron import engine
 from minitron.importance.aggregate import batch_sums, finish_sequence, sequence_sums
 
 Tensor = torch.Tensor
@@ -26,7 +27,7 @@ class Probes:
     unit is the sum of cosines over tokens.
     """
 
-    def __init__(self, model: Model, world: World, seq_agg: str, batch_agg: str) -> None:
+    def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str) -> None:
         self.model, self.world, self.seq_agg, self.batch_agg = model, world, seq_agg, batch_agg
         self.pending: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}

@@ -1,5 +1,7 @@
 """From a rank's sums to the scores of the whole model, and the layout-free file that holds them."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
@@ -9,10 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.units import to_units
-from minitron.engine.model import Model, rows
-from minitron.engine.parallel import World, gather_shards, merge_over_stages, sum_over_replicas, sum_over_tensor_ranks
 from minitron.errors import RequestError
 from minitron.files import atomic_path
 from minitron.importance.aggregate import finish_batch
@@ -38,7 +39,7 @@ class Scores:
             save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, temporary, metadata=self.provenance)
 
     @classmethod
-    def load(cls, path: Path, arch: Arch, model_hash: str) -> "Scores":
+    def load(cls, path: Path, arch: Arch, model_hash: str) -> Scores:
         """Read scores; those of another model are refused."""
         try:
             with safe_open(path, framework="pt") as handle:
@@ -63,14 +64,14 @@ def expected_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def collect(probes: Probes, world: World) -> dict[str, Tensor]:
+def collect(probes: Probes, world: engine.World) -> dict[str, Tensor]:
     """Scores of the whole model on every rank, from what each rank's probes summed."""
     arch = probes.model.arch
     sizes = {"ffn": arch.ffn_hidden_size, "heads": arch.num_attention_heads}
     counts = torch.tensor([probes.samples, probes.tokens], dtype=torch.float64, device=world.device)
     names = sorted(probes.totals)
-    samples, tokens = sum_over_replicas([counts], world)[0].tolist()
-    totals = dict(zip(names, sum_over_replicas([probes.totals[name] for name in names], world), strict=True))
+    samples, tokens = engine.sum_over_replicas([counts], world)[0].tolist()
+    totals = dict(zip(names, engine.sum_over_replicas([probes.totals[name] for name in names], world), strict=True))
     mine: dict[str, Tensor] = {}
     for name, sums_KU in totals.items():
         axis = name.split(".")[0]
@@ -79,9 +80,9 @@ def collect(probes: Probes, world: World) -> dict[str, Tensor]:
             continue
         score_U = finish_batch(sums_KU, probes.batch_agg, samples)
         if axis in sizes:  # these units lie over the tensor ranks, dead ones last
-            score_U = gather_shards(score_U, world)[: sizes[axis]]
+            score_U = engine.gather_shards(score_U, world)[: sizes[axis]]
         mine[name] = score_U
-    return combine(merge_over_stages({name: score.cpu() for name, score in mine.items()}, world), arch)
+    return combine(engine.merge_over_stages({name: score.cpu() for name, score in mine.items()}, world), arch)
 
 
 def combine(probed: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
@@ -101,12 +102,12 @@ def random_scores(arch: Arch, seed: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(generator.random(shape, dtype=np.float32)) for name, shape in expected_shapes(arch).items()}
 
 
-def magnitude_scores(model: Model, world: World) -> dict[str, Tensor]:
+def magnitude_scores(model: engine.Model, world: engine.World) -> dict[str, Tensor]:
     """L2 norm of all weights that belong to a unit: the classic baseline. Same names and sizes as `collect` returns."""
     arch = model.arch
     squares: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
-    for name, row, layer in rows(model):
+    for name, row, layer in engine.rows(model):
         if name == "output_layer.weight" and arch.share_embeddings_and_output_weights and world.pp > 1:
             continue  # a copy of what the first stage counts
         weight = model.get_parameter(name).detach().double()
@@ -116,16 +117,16 @@ def magnitude_scores(model: Model, world: World) -> dict[str, Tensor]:
             sharded_elsewhere = row.tp_dim is not None and row.tp_dim != index
             for key, value in _per_axis(square_UP, dim.axis, dim.parts, layer, arch).items():
                 if sharded_elsewhere:
-                    value = sum_over_tensor_ranks(value, world)
+                    value = engine.sum_over_tensor_ranks(value, world)
                 elif row.tp_dim == index:
-                    value = gather_shards(value, world)[: expected_shapes(arch)[key][0]]
+                    value = engine.gather_shards(value, world)[: expected_shapes(arch)[key][0]]
                 squares[key] = squares[key] + value if key in squares else value
         total = weight.square().sum()[None]
         if layer is not None:
             key = f"{LAYERS_BI}.{layer}"
-            total = sum_over_tensor_ranks(total, world) if row.tp_dim is not None else total
+            total = engine.sum_over_tensor_ranks(total, world) if row.tp_dim is not None else total
             squares[key] = squares[key] + total if key in squares else total
-    for key, value in merge_over_stages({k: v.cpu() for k, v in squares.items()}, world, add=("hidden",)).items():
+    for key, value in engine.merge_over_stages({k: v.cpu() for k, v in squares.items()}, world, add=("hidden",)).items():
         whole[key] = value.sqrt().float()
     layers = torch.cat([whole.pop(f"{LAYERS_BI}.{layer}") for layer in range(arch.num_layers)])
     return {**whole, LAYERS_BI: layers}

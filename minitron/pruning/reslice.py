@@ -4,16 +4,17 @@ The new model is a skeleton without memory whose parameters are put in place as 
 exist. Legend: U units, P rows that one unit contributes, R other dims.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Dim, Indices, Parameter, dim_rows, num_units
 from minitron.arch.shards import held_units
 from minitron.arch.units import from_units, to_units
-from minitron.engine.model import Model, put, rows, skeleton
-from minitron.engine.parallel import World, sum_over_model_ranks
 from minitron.errors import refuse
 from minitron.pruning.balance import Plan, balance
 from minitron.pruning.keep import Keep
@@ -21,7 +22,7 @@ from minitron.pruning.keep import Keep
 Tensor = torch.Tensor
 
 
-def reslice(model: Model, keep: Keep, target: Arch, world: World, spec: str = "torch") -> Model:
+def reslice(model: engine.Model, keep: Keep, target: Arch, world: engine.World, spec: str = "torch") -> engine.Model:
     """The pruned model; `model` is emptied. Peak extra memory: the parameter being cut.
 
     Raises RequestError for a depth cut over pipeline stages; asserts every shape, the count of parameters and the tied head.
@@ -29,20 +30,20 @@ def reslice(model: Model, keep: Keep, target: Arch, world: World, spec: str = "t
     original = model.arch
     if world.pp > 1 and target.num_layers != original.num_layers:
         raise refuse("parallel.pp", world.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
-    pruned = skeleton(target, world, model.config.params_dtype, spec)
+    pruned = engine.skeleton(target, world, model.config.params_dtype, spec)
     plans = Plans(keep, original, world)
-    old_names = {(row.name, layer): name for name, row, layer in rows(model)}
-    for name, row, layer in rows(pruned):
+    old_names = {(row.name, layer): name for name, row, layer in engine.rows(model)}
+    for name, row, layer in engine.rows(pruned):
         old_layer = None if layer is None else int(keep.layers[layer])
         old_name = old_names[row.name, old_layer] if name != "output_layer.weight" else name
-        put(pruned, name, row, cut(release(model, old_name), row, old_layer, keep, original, plans, world))
+        engine.put(pruned, name, row, cut(release(model, old_name), row, old_layer, keep, original, plans, world))
         if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
             pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
     check(pruned, world)
     return pruned
 
 
-def release(model: Model, name: str) -> Tensor:
+def release(model: engine.Model, name: str) -> Tensor:
     """Take a parameter's tensor out of the model; the model keeps a tensor without memory in its place."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -54,7 +55,7 @@ def release(model: Model, name: str) -> Tensor:
 class Plans:
     """The balancing plan of every (axis, layer) whose units lie over tensor ranks, made once and used by each matrix of the axis."""
 
-    def __init__(self, keep: Keep, original: Arch, world: World) -> None:
+    def __init__(self, keep: Keep, original: Arch, world: engine.World) -> None:
         self.keep, self.original, self.world = keep, original, world
         self.made: dict[tuple[str, int | None], Plan] = {}
 
@@ -79,7 +80,7 @@ def kept_units(keep: Keep, dim: Dim, layer: int | None, original: Arch) -> Indic
     return keep.hidden if dim.axis == "hidden" else getattr(keep, dim.axis)[layer]
 
 
-def cut(tensor: Tensor, row: Parameter, layer: int | None, keep: Keep, original: Arch, plans: Plans, world: World) -> Tensor:
+def cut(tensor: Tensor, row: Parameter, layer: int | None, keep: Keep, original: Arch, plans: Plans, world: engine.World) -> Tensor:
     """This rank's part of the pruned parameter, from its part of the original one."""
     for index, dim in enumerate(row.dims):
         sharded = row.tp_dim == index
@@ -110,7 +111,7 @@ def pruned_units(original: Arch, keep: Keep, layer: int | None) -> Arch:
     return original.replace(num_query_groups=groups, num_attention_heads=len(keep.heads[layer]))
 
 
-def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, arch: Arch, world: World) -> Tensor:
+def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, arch: Arch, world: engine.World) -> Tensor:
     """Even a dim over the tensor ranks: surplus units travel, all to all, and dead ones fill what is left.
 
     `units`: the original numbers of the units that this rank's `tensor` holds now.
@@ -132,20 +133,20 @@ def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, 
     return from_units(torch.cat([live, dead]), index, dim)
 
 
-def check(model: Model, world: World) -> None:
+def check(model: engine.Model, world: engine.World) -> None:
     """The pruned model holds what its architecture says: every parameter was cut, and the ranks' live parts add up to the exact count."""
     live = 0
-    for name, row, _ in rows(model):
+    for name, row, _ in engine.rows(model):
         parameter = model.get_parameter(name)
         assert not parameter.is_meta, f"{name} was not cut"
         copy = name == "output_layer.weight" and model.arch.share_embeddings_and_output_weights
         if not copy and (row.tp_dim is not None or world.tp_rank == 0):
             live += live_elements(parameter.numel(), row, model.arch, world)
-    counted = sum_over_model_ranks(live, world)
+    counted = engine.sum_over_model_ranks(live, world)
     assert counted == model.arch.num_parameters(), f"{counted} parameters, {model.arch.num_parameters()} expected"
 
 
-def live_elements(elements: int, row: Parameter, arch: Arch, world: World) -> int:
+def live_elements(elements: int, row: Parameter, arch: Arch, world: engine.World) -> int:
     """Elements of a rank's shard that are not padding."""
     if row.tp_dim is None:
         return elements

@@ -55,6 +55,20 @@ def progress(description: str, total: int, enabled: bool, *, start: int = 0, con
         yield _plain_lines(description, total, start, console)
 
 
+def counter(description: str, enabled: bool, *, every: float = 5.0, console: Console | None = None) -> Callable[[str, int, int], None]:
+    """For work whose length nobody knows: `count(what, documents, tokens)` prints a line every `every` seconds."""
+    console = console or Console()
+    said = time.monotonic()
+
+    def count(what: str, documents: int, tokens: int) -> None:
+        nonlocal said
+        if enabled and time.monotonic() - said > every:
+            said = time.monotonic()
+            console.out(f"{description} {what}: {documents:,} documents, {tokens:,} tokens", highlight=False)
+
+    return count
+
+
 class _Bar(Progress):
     """One task; its numbers have a line of their own, so that the bar keeps its length on a narrow terminal."""
 

@@ -1,19 +1,23 @@
 """`minitron calibrate`: measure how much every unit matters, by forward passes of the sharded model with hooks."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
 import minitron
+from minitron import engine
 from minitron.config.schema import Config
-from minitron.data.corpus import Windows
-from minitron.engine.model import Model
-from minitron.engine.schedule import forward_only
 from minitron.errors import refuse
 from minitron.importance.hooks import Probes
 from minitron.importance.scores import FILE, Scores, collect, magnitude_scores, provenance, random_scores
 from minitron.reporting.console import progress
-from minitron.stages.session import Session, session
+from minitron.session import Session, session
+
+if TYPE_CHECKING:
+    from minitron.data.corpus import Samples
 
 
 def run(cfg: Config) -> None:
@@ -32,9 +36,11 @@ def work(opened: Session) -> None:
     elif cfg.calibrate.criterion == "magnitude":
         tensors = magnitude_scores(opened.load_source(), world)
     else:
+        from minitron.data.corpus import Windows
+
         samples = Windows(opened.data.blend("calibration"), cfg.calibrate.seq_length, count=cfg.calibrate.samples, shuffle_seed=cfg.seed,
                           setting="calibrate.samples")  # fmt: skip
-        data_hash = "-".join(part.sha256["bin"][:16] for part in opened.data.parts.values() if part.source)
+        data_hash = "-".join(opened.data.parts[name].sha256["bin"][:16] for name, _ in opened.data.splits["calibration"])
         tensors = measure(opened.load_source(), samples, opened)
     if world.is_main:
         settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
@@ -42,7 +48,7 @@ def work(opened: Session) -> None:
     opened.mark("calibrate", done=True)
 
 
-def measure(model: Model, samples: Windows, opened: Session) -> dict[str, torch.Tensor]:
+def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str, torch.Tensor]:
     """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet once, at the end."""
     settings, world = opened.cfg.calibrate, opened.world
     if settings.samples < world.dp:
@@ -53,6 +59,6 @@ def measure(model: Model, samples: Windows, opened: Session) -> dict[str, torch.
     with probes.attached(), bar as advance:
         for start in range(0, len(mine), settings.micro_batch_size):
             tokens_BS = torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]])
-            forward_only(model, [tokens_BS], world, after=lambda: probes.finish_microbatch(settings.seq_length))
+            engine.forward_only(model, [tokens_BS], world, after=lambda: probes.finish_microbatch(settings.seq_length))
             advance(len(tokens_BS))
     return collect(probes, world)

@@ -1,14 +1,16 @@
 """`minitron compress`: the whole pipeline in one group of processes; stages that are finished are not done again."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
+from minitron import engine
 from minitron.config.schema import Config
-from minitron.engine.parallel import on_main
 from minitron.files import read_json
 from minitron.reporting.console import final_table, stage_banner
 from minitron.reporting.report import write_report
+from minitron.session import Session, session
 from minitron.stages import calibrate, data, distill, evaluate, export, prune
-from minitron.stages.session import Session, session
 
 STAGES: tuple[tuple[str, Callable[[Session], object]], ...] = (
     ("data", data.work),
@@ -32,7 +34,7 @@ def run(cfg: Config) -> None:
             if not done:
                 work(opened)
                 redo = verb != "evaluate"
-        on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
+        engine.on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
 
 
 def finish(opened: Session, number: int) -> None:

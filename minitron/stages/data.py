@@ -1,7 +1,7 @@
 """`minitron data`: tokenise the run's texts into Megatron's indexed files."""
 
 from minitron.config.schema import Config
-from minitron.stages.session import Session, session
+from minitron.session import Session, session
 
 
 def run(cfg: Config) -> None:

@@ -1,20 +1,22 @@
 """`minitron distill`: retrain the pruned model from the co-located teacher."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minitron import engine
 from minitron.config.schema import Config
-from minitron.data.corpus import TrainingSamples, Windows, batches, eval_batches
 from minitron.distillation.step import distillation_loss
-from minitron.engine.parallel import World
-from minitron.engine.scoring import language_model_score
-from minitron.engine.trainer import Task, Trainer, fit
 from minitron.errors import RequestError
 from minitron.reporting.console import progress
 from minitron.reporting.tracking import Tracker
-from minitron.stages.session import Session, session, stop_on_signal
+from minitron.session import Session, session, stop_on_signal
+
+if TYPE_CHECKING:
+    from minitron.data.corpus import TrainingSamples
 
 
 def run(cfg: Config) -> None:
@@ -33,21 +35,25 @@ def work(opened: Session) -> None:
             f"teacher.path={cfg.teacher.path}: vocabulary of {opened.teacher_source.arch.vocab_size}, the student's is {student.arch.vocab_size}"
         )
     loss = distillation_loss(student, opened.teacher, cfg.distill, world)
-    trainer = Trainer(student, cfg.train, world)
+    trainer = engine.Trainer(student, cfg.train, world)
     opened.checkpoints.resume(trainer)
+    from minitron.data.corpus import TrainingSamples
+
     samples = TrainingSamples(
         opened.data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order"
     )
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
-        task = Task(
+        task = engine.Task(
             microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, student), report=report
         )
-        fit(trainer, task, opened.checkpoints, stop_requested)
+        engine.fit(trainer, task, opened.checkpoints, stop_requested)
     opened.mark("distill", done=True)
 
 
-def step_batches(samples: TrainingSamples, cfg: Config, world: World, step: int) -> list[torch.Tensor]:
+def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[torch.Tensor]:
     """This rank's microbatches [B, S + 1] of a step: the global batch holds the same samples whatever the split."""
+    from minitron.data.corpus import batches
+
     count = cfg.train.global_batch_size // (cfg.train.micro_batch_size * world.dp)
     stream = batches(samples, start=step * cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, num_microbatches=count,
                      dp_rank=world.dp_rank, dp_size=world.dp)  # fmt: skip
@@ -57,12 +63,14 @@ def step_batches(samples: TrainingSamples, cfg: Config, world: World, step: int)
 def validate(opened: Session, student: Any) -> dict[str, float]:
     """The student's language-model loss on held-out text."""
     cfg, world = opened.cfg, opened.world
+    from minitron.data.corpus import Windows, eval_batches
+
     windows = Windows(opened.data.blend("valid"), cfg.train.seq_length, limit_tokens=cfg.train.eval_tokens, setting="train.eval_tokens")
     stream = eval_batches(windows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
-    return {"valid_loss": language_model_score(student, stream, world).loss}
+    return {"valid_loss": engine.language_model_score(student, stream, world).loss}
 
 
-class _metrics:  # noqa: N801 (a context manager used like a function)
+class _metrics:
     """metrics.jsonl and the progress bar, on rank 0."""
 
     def __init__(self, opened: Session, start_step: int) -> None:

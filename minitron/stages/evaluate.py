@@ -1,14 +1,14 @@
 """`minitron evaluate`: loss and perplexity of the teacher, the pruned model and the student, on the sharded models."""
 
+from __future__ import annotations
+
 from typing import Any
 
+from minitron import engine
 from minitron.config.schema import Config
-from minitron.data.corpus import Windows, eval_batches
-from minitron.engine.model import Model
-from minitron.engine.scoring import Score, language_model_score
 from minitron.files import write_json
 from minitron.reporting.console import progress
-from minitron.stages.session import Session, session
+from minitron.session import Session, session
 
 FILE = "eval.json"
 
@@ -34,7 +34,7 @@ def work(opened: Session) -> dict[str, Any]:
     return results
 
 
-def measure(model: Model, name: str, opened: Session) -> dict[str, Any]:
+def measure(model: engine.Model, name: str, opened: Session) -> dict[str, Any]:
     """One model's entry of eval.json. The figures at its top are of held-out text of the training corpus."""
     texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened) for text in opened.cfg.eval.texts}
     held_out = score(model, "valid", f"{name} on held-out text", opened)
@@ -47,15 +47,17 @@ def measure(model: Model, name: str, opened: Session) -> dict[str, Any]:
     }
 
 
-def score(model: Model, split: str, description: str, opened: Session) -> Score:
+def score(model: engine.Model, split: str, description: str, opened: Session) -> engine.Score:
     """Loss on windows of a prepared text that do not overlap; the last, partial window is left out."""
     cfg, world = opened.cfg, opened.world
+    from minitron.data.corpus import Windows, eval_batches
+
     seq_length = cfg.eval.seq_length or cfg.train.seq_length
     windows = Windows(opened.data.blend(split), seq_length, limit_tokens=cfg.eval.tokens)
     stream = eval_batches(windows, micro_batch_size=cfg.eval.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
     with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance:
-        return language_model_score(model, stream, world, lambda count: advance(count * world.dp))
+        return engine.language_model_score(model, stream, world, lambda count: advance(count * world.dp))
 
 
-def _entry(found: Score) -> dict[str, Any]:
+def _entry(found: engine.Score) -> dict[str, Any]:
     return {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}

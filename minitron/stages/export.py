@@ -1,7 +1,7 @@
 """`minitron export`: the student as a Hugging Face folder that transformers and vLLM load as it is."""
 
 from minitron.config.schema import Config
-from minitron.stages.session import Session, session
+from minitron.session import Session, session
 from minitron.weights.save import export
 
 

@@ -1,8 +1,9 @@
 """`minitron prune`: rank the units, cut the sharded weights in place."""
 
+from __future__ import annotations
+
+from minitron import engine
 from minitron.config.schema import Config
-from minitron.engine.checkpoint import save_model
-from minitron.engine.parallel import on_main
 from minitron.files import write_json
 from minitron.importance.scores import FILE as SCORES
 from minitron.importance.scores import Scores
@@ -10,7 +11,7 @@ from minitron.pruning.keep import FILE as KEEP
 from minitron.pruning.keep import select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
-from minitron.stages.session import Session, need, session
+from minitron.session import Session, need, session
 
 
 def run(cfg: Config) -> None:
@@ -24,16 +25,16 @@ def work(opened: Session) -> None:
     opened.mark("prune", done=False)
     original = opened.source.arch
     target = target_arch(original, opened.cfg.target, opened.cfg.parallel)
-    scores = on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
+    scores = engine.on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
     keep = select(scores.tensors, original, target)
 
     def note() -> None:
         keep.save(opened.folder / KEEP)
         write_json(opened.folder / "arch.json", {"original": original.to_dict(), "pruned": target.to_dict()})
 
-    on_main(opened.world, note)
+    engine.on_main(opened.world, note)
     pruned = reslice(opened.load_source(), keep, target, opened.world)
-    save_model(pruned, opened.pruned, opened.world)
+    engine.save_model(pruned, opened.pruned, opened.world)
     opened.mark("prune", done=True)
     if opened.world.is_main:
         before, after = original.num_parameters(), target.num_parameters()

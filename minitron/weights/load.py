@@ -1,26 +1,27 @@
 """Hugging Face -> shards. Each rank reads its own slices from the files, one parameter at a time."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Parameter, part_sizes
 from minitron.arch.shards import held_units
 from minitron.arch.units import fuse
-from minitron.engine.model import Model, put, rows, skeleton
-from minitron.engine.parallel import World
 from minitron.weights.source import Source
 
 
-def load(source: Source, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "torch") -> engine.Model:
     """This rank's shard of the model in `dtype`. Peak memory: the shard and one parameter."""
-    model = skeleton(source.arch, world, dtype, spec)
+    model = engine.skeleton(source.arch, world, dtype, spec)
     reader = Reader(source.files)
-    for name, row, layer in rows(model):
-        put(model, name, row, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
+    for name, row, layer in engine.rows(model):
+        engine.put(model, name, row, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
     reader.close()
     return model
 

@@ -1,5 +1,7 @@
 """Shards -> a Hugging Face folder. One parameter at a time is gathered on rank 0 and written; nobody holds the whole model."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,13 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Dim, Indices, num_units, parameters
 from minitron.arch.families import to_hf
 from minitron.arch.shards import padded
 from minitron.arch.units import from_units, to_units, unfuse
-from minitron.engine.model import Model, rows
-from minitron.engine.parallel import World, gather_to_main
 from minitron.files import atomic_path
 from minitron.weights.source import INDEX, SINGLE
 
@@ -24,7 +25,7 @@ COMPANIONS = ("tokenizer*", "*.model", "special_tokens_map.json", "vocab.json", 
               "chat_template*", "LICENSE*")  # fmt: skip
 
 
-def export(model: Model, world: World, source_config: dict[str, Any], companions: Path, target: Path, dtype: torch.dtype) -> None:
+def export(model: engine.Model, world: engine.World, source_config: dict[str, Any], companions: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the model as a folder that `from_pretrained` loads as it is: config.json, safetensors, and the tokenizer's files.
 
     Called by every rank; rank 0 writes. `source_config` is the original's config.json, `companions` the folder whose
@@ -47,14 +48,14 @@ def export(model: Model, world: World, source_config: dict[str, Any], companions
                 shutil.copyfile(file, folder / file.name)
 
 
-def gathered(model: Model, world: World) -> Iterator[tuple[str, torch.Tensor]]:
+def gathered(model: engine.Model, world: engine.World) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, whole tensor on the CPU) of every parameter, on rank 0; the other ranks get nothing and must iterate too."""
-    mine = {(row.name, layer): name for name, row, layer in rows(model)}
+    mine = {(row.name, layer): name for name, row, layer in engine.rows(model)}
     for row, layer in parameters(model.arch):
         name = mine.get((row.name, layer))
         tensor = None if name is None else model.get_parameter(name).detach()
         # the first pipeline stage that has it speaks: a tied embedding is on two
-        whole = gather_to_main(tensor, world, row.tp_dim)
+        whole = engine.gather_to_main(tensor, world, row.tp_dim)
         if whole is None:
             continue
         if row.tp_dim is not None:

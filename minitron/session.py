@@ -1,5 +1,7 @@
 """An open run: its processes, its folder, its models and data. What every stage starts from."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -10,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import minitron
+from minitron import engine
 from minitron.config.build import to_yaml
-from minitron.config.schema import Config
+from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
-from minitron.data.prepare import prepare
 from minitron.data.sources import check_source
-from minitron.engine.checkpoint import Checkpoints, load_model
-from minitron.engine.model import DTYPES, Model
-from minitron.engine.parallel import World, any_rank, on_main, world
 from minitron.errors import RequestError, refuse
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
 from minitron.pruning.target import target_arch
+from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
 
@@ -35,13 +35,13 @@ class Session:
     """One command's view of a run. Paths of artifacts are properties here, so that no stage spells them."""
 
     cfg: Config
-    world: World
+    world: engine.World
     folder: Path
 
     @property
     def dtype(self) -> Any:
         """torch's type of weights and activations."""
-        return DTYPES[self.cfg.dtype]
+        return engine.DTYPES[self.cfg.dtype]
 
     @property
     def pruned(self) -> Path:
@@ -49,9 +49,9 @@ class Session:
         return self.folder / "pruned"
 
     @property
-    def checkpoints(self) -> Checkpoints:
+    def checkpoints(self) -> engine.Checkpoints:
         """The student's checkpoints."""
-        return Checkpoints(self.folder / "checkpoints")
+        return engine.Checkpoints(self.folder / "checkpoints")
 
     @functools.cached_property
     def source(self) -> Source:
@@ -69,9 +69,9 @@ class Session:
         found = locate(path, setting)
         if found.endswith(".gguf"):
             folder = self.folder / name
-            return on_main(self.world, lambda: self._converted(Path(found), folder, setting))
+            return engine.on_main(self.world, lambda: self._converted(Path(found), folder, setting))
         if not Path(found).is_dir():
-            found = str(on_main(self.world, lambda: fetch(found, setting)))
+            found = str(engine.on_main(self.world, lambda: fetch(found, setting)))
         return open_folder(Path(found), setting)
 
     def _converted(self, gguf: Path, folder: Path, setting: str) -> Source:
@@ -82,40 +82,48 @@ class Session:
     @functools.cached_property
     def data(self) -> Manifest:
         """The run's tokens, prepared on first use by rank 0."""
-        from minitron.reporting.console import progress
+        from minitron.data.prepare import SPLITS, prepare  # a dataset file: with Megatron, like the engine
+
+        cfg = self.cfg
+        splits = SPLITS if cfg.data.train != MISSING else [split for split in SPLITS if getattr(cfg.data, split) not in (None, MISSING)]
 
         def make() -> Manifest:
-            with progress("tokenise", 0, False):
-                return prepare(
-                    self.cfg.data, self.source.folder, self.folder / "data", seed=self.cfg.seed, texts=self.cfg.eval.texts,
-                    vocab_size=self.source.arch.vocab_size,
-                )  # fmt: skip
+            return prepare(
+                cfg.data,
+                self.source.folder,
+                self.folder / "data",
+                seed=cfg.seed,
+                splits=splits,
+                texts=cfg.eval.texts,
+                vocab_size=self.source.arch.vocab_size,
+                on_progress=counter("tokenise", cfg.logging.progress),
+            )
 
-        return on_main(self.world, make)
+        return engine.on_main(self.world, make)
 
-    def load_source(self) -> Model:
+    def load_source(self) -> engine.Model:
         """A fresh copy of the model to compress, this rank's shard."""
         return load(self.source, self.world, self.dtype)
 
     @functools.cached_property
-    def teacher(self) -> Model:
+    def teacher(self) -> engine.Model:
         """The teacher, this rank's shard, without gradients; kept for the rest of the command."""
         model = load(self.teacher_source, self.world, self.dtype)
         model.requires_grad_(False)
         return model
 
-    def load_pruned(self) -> Model:
+    def load_pruned(self) -> engine.Model:
         """The pruned model, before any retraining."""
         if not self.pruned.is_dir():
             raise refuse("run.dir", self.folder, "there is no pruned model here; minitron prune makes it")
-        return load_model(self.pruned, self.world, self.dtype)
+        return engine.load_model(self.pruned, self.world, self.dtype)
 
-    def load_student(self) -> Model:
+    def load_student(self) -> engine.Model:
         """The student of the newest checkpoint."""
         step = self.checkpoints.latest()
         if step is None:
             raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them")
-        return load_model(self.pruned, self.world, self.dtype, weights=self.checkpoints.path(step))
+        return engine.load_model(self.pruned, self.world, self.dtype, weights=self.checkpoints.path(step))
 
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage, with the settings it has now."""
@@ -130,7 +138,7 @@ class Session:
             record[verb] = {"settings": settings_of(self.cfg, verb, free=True), "done": done, "version": minitron.__version__}
             write_json(self.folder / RECORD, record)
 
-        on_main(self.world, note)
+        engine.on_main(self.world, note)
 
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
@@ -144,9 +152,9 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
 def session(cfg: Config, verb: str) -> Iterator[Session]:
     """Open a run: refuse what can't be done before any weight is read, then start the processes and claim the folder."""
     check(cfg, verb)
-    with world(cfg.parallel, cfg.device, cfg.seed) as here:
+    with engine.world(cfg.parallel, cfg.device, cfg.seed) as here:
         opened = Session(cfg, here, Path(cfg.run.dir))
-        on_main(here, lambda: claim(opened.folder, cfg, verb))
+        engine.on_main(here, lambda: claim(opened.folder, cfg, verb))
         if "target" in VERBS[verb].groups:
             target_arch(opened.source.arch, cfg.target, cfg.parallel)
         yield opened
@@ -164,7 +172,7 @@ def check(cfg: Config, verb: str) -> None:
             raise refuse(f"teacher.parallel.{name}", ranks, f"only null or parallel.{name}={getattr(cfg.parallel, name)} is supported")
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
-            if (spec := getattr(cfg.data, name)) not in (None, "???"):
+            if (spec := getattr(cfg.data, name)) not in (None, MISSING):
                 check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split)
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
@@ -202,12 +210,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stop_on_signal(here: World) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(here: engine.World) -> Iterator[Callable[[], bool]]:
     """Inside the block SIGTERM and SIGUSR1 ask for a stop; the yielded function tells, the same on every rank, whether one did."""
     seen: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: any_rank(bool(seen), here)
+        yield lambda: engine.any_rank(bool(seen), here)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""What every benchmark does: read its arguments, show one table with the machine it was made on, write both as JSON."""
+
+import argparse
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minitron.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LOAD = os.getloadavg()[0]  # before the benchmark itself makes any
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks share; a script adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    return parser
+
+
+def wikitext() -> list[str]:
+    """The setting that adds WikiText-2's raw test split, where MINITRON_TEST_DATA has it."""
+    data = Path(os.environ.get("MINITRON_TEST_DATA") or ROOT.parent / "shared" / "data")
+    file = (data / "text" / "wikitext2_test.joined.txt").resolve()
+    return [f'eval.texts.wikitext2="{file}"'] if file.is_file() else []
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_before": round(LOAD, 2),
+        **{package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def publish(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]], notes: Sequence[str], json_file: Path | None) -> None:
+    """Print the table and what has to be said with it; write JSON to `json_file`. `columns`: heading -> format of its values."""
+    table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
+    for name, form in columns.items():
+        table.add_column(name, justify="right" if form else "left", no_wrap=bool(form))
+    for row in rows:
+        table.add_row(*("–" if value is None else format(value, form) for value, form in zip(row, columns.values(), strict=True)))
+    here = machine()
+    console = Console()
+    console.print(table)
+    console.print(" · ".join(f"{name} {value}" for name, value in here.items() if value is not None), style="dim", highlight=False)
+    if json_file is not None:
+        entries = [dict(zip(columns, row, strict=True)) for row in rows]
+        write_json(json_file, {"title": title, "rows": entries, "notes": list(notes), "machine": here})

@@ -1,0 +1,149 @@
+"""Runs a function on several gloo ranks of this machine, each a process of its own.
+
+Ranks are forked from a server that has imported everything once and holds no threads, so that starting one costs next to
+nothing and every one is fresh. They meet at a store that this process keeps: no port is chosen, so none can be taken.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+PRELOAD = ("minitron.stages.compress", "minitron.cli", "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral")
+
+
+class Layout(NamedTuple):
+    """How one model lies over processes."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+
+    @property
+    def size(self) -> int:
+        """Processes that it takes."""
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        parts = [f"{name}{count}" for name, count in zip(("tp", "pp", "dp"), self, strict=False) if count > 1]
+        return "-".join([*parts, *(["sp"] if self.sp else [])]) or "alone"
+
+
+def on_ranks(function: Callable[..., Any], layout: Layout, *args: Any, seed: int = 1, timeout: float = 240) -> list[Any]:
+    """`function(world, *args)` on every rank of `layout`, inside `minitron.engine.parallel.world`; what each returned, in rank order.
+
+    `function` must be importable by name. What a rank raises is raised here, its traceback as the cause, and the other
+    ranks are killed; so are all of them after `timeout` seconds.
+    """
+    return each_rank(_in_world, layout.size, function, layout, seed, args, timeout=timeout)
+
+
+def _in_world(function: Callable[..., Any], layout: Layout, seed: int, args: tuple[Any, ...]) -> Any:
+    from minitron.config.schema import Parallel
+    from minitron.engine.parallel import world
+
+    with world(Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, timeout_minutes=3), "cpu", seed) as here:
+        return function(here, *args)
+
+
+def each_rank(function: Callable[..., Any], size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """`function(*args)` in `size` processes with the environment that torchrun gives its ranks; what each returned, in rank order."""
+    with started(function, size, *args) as ranks:
+        return ranks.results(timeout)
+
+
+@contextlib.contextmanager
+def started(function: Callable[..., Any], size: int, *args: Any) -> "Iterator[Ranks]":
+    """As `each_rank`, but the ranks run on while the block does; those still alive at its end are killed."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
+    ranks = Ranks()
+    try:
+        for rank in range(size):
+            ranks.start({**torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, args)
+        yield ranks
+    finally:
+        ranks.kill()
+
+
+class Died(RuntimeError):
+    """A rank ended without an answer."""
+
+
+class Ranks:
+    """Running processes and the pipes that their answers come through."""
+
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def start(self, environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Start one more."""
+        receiving, sending = multiprocessing.Pipe(duplex=False)
+        process = _server().Process(target=_answer, args=(environment, function, args, sending))
+        process.start()
+        sending.close()  # ours only: the pipe then ends with the rank
+        self.processes.append(process)
+        self.pipes.append(receiving)
+
+    def results(self, timeout: float) -> list[Any]:
+        """Wait for every rank's answer; raises what the first rank that failed raised, Died, or TimeoutError."""
+        answers: dict[int, Any] = {}
+        until = time.monotonic() + timeout
+        while missing := {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}:
+            ready = wait(list(missing), timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                self.kill()
+                raise TimeoutError(f"no answer after {timeout} s from ranks {sorted(missing.values())}")
+            for pipe in ready:
+                answers[missing[pipe]] = self._answer_of(missing[pipe])
+        return [answers[rank] for rank in range(len(self.pipes))]
+
+    def _answer_of(self, rank: int) -> Any:
+        try:
+            succeeded, value, trace = pickle.loads(self.pipes[rank].recv_bytes())
+        except EOFError:
+            self.processes[rank].join()
+            self.kill()
+            raise Died(f"rank {rank} ended with exit code {self.processes[rank].exitcode} and no answer") from None
+        if not succeeded:
+            self.kill()
+            raise value from RuntimeError(f"on rank {rank}\n{trace}")
+        return value
+
+    def kill(self) -> None:
+        """End whatever still runs."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _answer(environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any], pipe: Connection) -> None:
+    os.environ.update(environment)
+    try:
+        answer = (True, function(*args), "")
+    except BaseException as error:
+        answer = (False, error, traceback.format_exc())
+    try:
+        data = pickle.dumps(answer)
+    except Exception:  # an exception, or a result, that can't travel
+        data = pickle.dumps((False, RuntimeError(f"no pickle can be made of {answer[1]!r}"), answer[2]))
+    pipe.send_bytes(data)
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
