@@ -25,7 +25,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "demo": ["gguf"],
+    "demo": ["gguf", "accelerate"],  # what transformers needs to read a .gguf file
     "eval": ["lm-eval"],
     # NVIDIA's apex is optional beside it and is built from the source in NVIDIA's repository. It is never a requirement here:
     # the package index knows another project by that name, a web toolkit.

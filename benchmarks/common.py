@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -54,14 +55,15 @@ def _cpu_model() -> str:
 
 
 def publish(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]], notes: Sequence[str], json_file: Path | None) -> None:
-    """Print the table and what has to be said with it; write JSON to `json_file`. `columns`: heading -> format of its values."""
+    """Print the table and what has to be said with it; write JSON to `json_file`. `columns`: heading -> format of its values,
+    "" for text that may be wrapped."""
     table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
     for name, form in columns.items():
-        table.add_column(name, justify="right" if form else "left", no_wrap=bool(form))
+        table.add_column(name, justify="left" if form in ("", "<") else "right", no_wrap=bool(form))
     for row in rows:
         table.add_row(*("–" if value is None else format(value, form) for value, form in zip(row, columns.values(), strict=True)))
     here = machine()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(" · ".join(f"{name} {value}" for name, value in here.items() if value is not None), style="dim", highlight=False)
     if json_file is not None:

@@ -4,27 +4,30 @@ The loss is read on held-out documents of the calibration corpus and, where MINI
 Arguments after the options are settings of minitron, for example `eval.tokens=65536`.
 """
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterator
 
 from common import arguments, publish, wikitext
 
+from minitron import engine
 from minitron.config.compose import compose
-from minitron.data.corpus import Windows
-from minitron.engine.model import Model
 from minitron.importance.scores import magnitude_scores, random_scores
 from minitron.pruning.keep import select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
+from minitron.session import Session, session
 from minitron.stages import calibrate, evaluate
-from minitron.stages.session import Session, session
 
 DEMO = ["recipe=smollm2_135m_to_100m", "eval.tokens=16384", "logging.progress=false"]
 SEEDS = (1, 2, 3)
 
 
-def models(opened: Session) -> Iterator[tuple[str, Model]]:
+def models(opened: Session) -> Iterator[tuple[str, engine.Model]]:
     """The original, and one pruned model per ranking; each lives until the next is made."""
+    from minitron.data.corpus import Windows
+
     cfg, world, arch = opened.cfg, opened.world, opened.source.arch
     yield "none (the original)", opened.load_source()
     samples = Windows(
@@ -52,7 +55,7 @@ def main() -> None:
             for name, model in models(opened):
                 rows.append((name, model.arch.num_parameters() / 1e6, *(evaluate.score(model, split, name, opened).loss for split in texts)))
                 print("  ".join(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in rows[-1]), flush=True)
-    columns = {"ranked by": "", "M parameters": ".1f", **dict.fromkeys(texts.values(), ".3f")}
+    columns = {"ranked by": "<", "M parameters": ".1f", **dict.fromkeys(texts.values(), ".3f")}
     notes = [
         f"no retraining; {cfg.calibrate.samples} calibration samples of {cfg.calibrate.seq_length} tokens; "
         f"loss in nats per token over {cfg.eval.tokens:,} tokens of each text in windows of {cfg.eval.seq_length}; {cfg.dtype}"

@@ -27,7 +27,7 @@ from minitron.weights.source import Source, convert_gguf, fetch, locate, open_fo
 
 RECORD = "stages.json"
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
-FREE = ("run", "parallel", "eval", "logging", "device")
+FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 
 
 @dataclasses.dataclass
@@ -108,7 +108,7 @@ class Session:
     @functools.cached_property
     def teacher(self) -> engine.Model:
         """The teacher, this rank's shard, without gradients; kept for the rest of the command."""
-        model = load(self.teacher_source, self.world, self.dtype)
+        model = load(self.teacher_source, self.world, self.dtype, engine.pick_spec(self.cfg.spec, self.teacher_source.arch, self.world))
         model.requires_grad_(False)
         return model
 
@@ -116,19 +116,28 @@ class Session:
         """The pruned model, before any retraining."""
         if not self.pruned.is_dir():
             raise refuse("run.dir", self.folder, "there is no pruned model here; minitron prune makes it")
-        return engine.load_model(self.pruned, self.world, self.dtype)
+        return self._load(self.pruned)
 
     def load_student(self) -> engine.Model:
         """The student of the newest checkpoint."""
         step = self.checkpoints.latest()
         if step is None:
             raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them")
-        return engine.load_model(self.pruned, self.world, self.dtype, weights=self.checkpoints.path(step))
+        return self._load(self.checkpoints.path(step))
 
-    def is_done(self, verb: str) -> bool:
-        """Whether this run finished a stage, with the settings it has now."""
-        entry = read_json(self.folder / RECORD).get(verb, {})
-        return bool(entry.get("done")) and entry["settings"] == settings_of(self.cfg, verb, free=True)
+    def _load(self, weights: Path) -> engine.Model:
+        spec = engine.pick_spec(self.cfg.spec, self.source.arch, self.world)
+        return engine.load_model(self.pruned, self.world, self.dtype, spec, weights)
+
+    def is_done(self, verb: str, artifact: str) -> bool:
+        """Whether this run finished a stage with the settings it has now, and `artifact` is still there. The same on every rank."""
+
+        def look() -> bool:
+            entry = read_json(self.folder / RECORD).get(verb, {})
+            same = entry.get("settings") == settings_of(self.cfg, verb, free=True)
+            return bool(entry.get("done")) and same and (self.folder / artifact).exists()
+
+        return engine.on_main(self.world, look)
 
     def mark(self, verb: str, done: bool) -> None:
         """Note that a stage began, or that it is finished, on rank 0."""
@@ -156,15 +165,17 @@ def session(cfg: Config, verb: str) -> Iterator[Session]:
         opened = Session(cfg, here, Path(cfg.run.dir))
         engine.on_main(here, lambda: claim(opened.folder, cfg, verb))
         if "target" in VERBS[verb].groups:
-            target_arch(opened.source.arch, cfg.target, cfg.parallel)
+            target_arch(opened.source.arch, cfg.target, cfg.parallel)  # what had to be fetched or converted first
         yield opened
 
 
 def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: paths and texts."""
     groups = VERBS[verb].groups
-    if "model" in groups:
-        locate(cfg.model.path, "model.path")
+    if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
+        arch = open_folder(Path(found), "model.path").arch
+        if "target" in groups:
+            target_arch(arch, cfg.target, cfg.parallel)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
     for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):

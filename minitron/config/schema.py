@@ -175,5 +175,7 @@ class Config:
     eval: Eval = dataclasses.field(default_factory=Eval)
     logging: Logging = dataclasses.field(default_factory=Logging)
     device: str = setting("auto", "where to compute; auto takes a GPU where there is one", allowed=("auto", "cpu", "cuda"))
+    spec: str = setting("auto", "modules of the blocks when training and evaluating; auto takes Transformer Engine's where a GPU has it",
+                        allowed=("auto", "torch", "transformer_engine"))  # fmt: skip
     dtype: str = setting("bf16", "type of weights and activations; gradients and optimizer state are fp32", allowed=("bf16", "fp32"))
     seed: int = setting(1234, "seed of every random choice", least=0)

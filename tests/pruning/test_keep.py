@@ -1,0 +1,88 @@
+"""Which units stay, against a ranking by sorting pairs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitron.arch.arch import Arch
+from minitron.errors import RequestError
+from minitron.importance.scores import expected_shapes
+from minitron.pruning.keep import Keep, select
+from tests.oracles.slicing import best
+
+
+@st.composite
+def requests(draw):
+    """An architecture, a smaller one, and scores of which many are equal."""
+    groups, per_group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    original = Arch("llama", draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9)), groups * per_group, groups, 2, 8, 8)
+    new_groups = draw(st.integers(1, groups))
+    target = original.replace(
+        num_layers=draw(st.integers(1, original.num_layers)),
+        hidden_size=draw(st.integers(1, original.hidden_size)),
+        ffn_hidden_size=draw(st.integers(1, original.ffn_hidden_size)),
+        num_query_groups=new_groups,
+        num_attention_heads=new_groups * draw(st.integers(1, per_group)),
+    )
+    draw_scores = st.integers(-2, 2).map(float)
+    scores = {
+        name: torch.tensor(draw(st.lists(draw_scores, min_size=size, max_size=size))) for name, (size,) in expected_shapes(original).items()
+    }
+    return original, target, scores
+
+
+@given(requests())
+def test_the_best_units_stay_and_of_equals_the_first(request):
+    original, target, scores = request
+    keep = select(scores, original, target)
+    plain = {name: tensor.tolist() for name, tensor in scores.items()}
+    layers = best(plain["layers.bi"], target.num_layers)
+    assert keep.layers.tolist() == layers
+    assert keep.hidden.tolist() == best(plain["hidden"], target.hidden_size)
+    assert list(keep.ffn) == list(keep.groups) == list(keep.heads) == layers
+    for layer in layers:
+        assert keep.ffn[layer].tolist() == best(plain[f"ffn.{layer}"], target.ffn_hidden_size)
+        groups = best(plain[f"groups.{layer}"], target.num_query_groups)
+        heads = []
+        for group in groups:
+            members = list(range(group * original.heads_per_group, (group + 1) * original.heads_per_group))
+            heads += best(plain[f"heads.{layer}"], target.heads_per_group, members)
+        assert keep.groups[layer].tolist() == groups
+        assert keep.heads[layer].tolist() == heads
+        inside = keep.heads_in_groups(layer, original)
+        assert inside.shape == (target.num_query_groups, target.heads_per_group)
+        assert (inside + np.array(groups)[:, None] * original.heads_per_group).flatten().tolist() == heads
+
+
+@given(requests())
+def test_keeping_everything_keeps_everything(request):
+    original, _, scores = request
+    keep = select(scores, original, original)
+    assert keep.hidden.tolist() == list(range(original.hidden_size))
+    assert all(keep.heads[layer].tolist() == list(range(original.num_attention_heads)) for layer in range(original.num_layers))
+
+
+def test_scores_that_are_not_finite_are_refused():
+    original = Arch("llama", 2, 4, 4, 2, 1, 2, 8, 8)
+    scores = {name: torch.ones(shape) for name, shape in expected_shapes(original).items()}
+    scores["ffn.1"][2] = float("nan")
+    with pytest.raises(RequestError, match=r"ffn.1"):
+        select(scores, original, original.replace(ffn_hidden_size=2))
+
+
+def test_the_file_holds_what_was_kept_under_the_names_of_the_scores(tmp_path):
+    original = Arch("llama", 3, 6, 5, 4, 2, 2, 8, 8)
+    scores = {name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) for name, shape in expected_shapes(original).items()}
+    keep = select(scores, original, original.replace(num_layers=2, hidden_size=3, ffn_hidden_size=2, num_attention_heads=2))
+    keep.save(tmp_path / "keep.safetensors")
+    again = Keep.load(tmp_path / "keep.safetensors")
+    assert again.tensors().keys() == keep.tensors().keys() == {"layers", "hidden", *(f"{a}.{n}" for a in ("ffn", "heads", "groups") for n in keep.layers)}
+    assert all(torch.equal(again.tensors()[name], units) for name, units in keep.tensors().items())
+
+
+def test_a_file_that_is_no_keep_file_is_refused(tmp_path):
+    (tmp_path / "keep.safetensors").write_bytes(b"nothing")
+    with pytest.raises(RequestError, match=r"cannot read .*keep.safetensors.*minitron prune makes it"):
+        Keep.load(tmp_path / "keep.safetensors")

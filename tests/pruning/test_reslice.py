@@ -1,0 +1,186 @@
+"""The pruned model against plain indexing of the original's tensors: the same bits, the same logits in `transformers`, at every layout."""
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron.arch.families import from_hf
+from minitron.config.schema import Parallel, Target
+from minitron.engine.checkpoint import load_model, save_model
+from minitron.engine.parallel import world
+from minitron.importance.scores import random_scores
+from minitron.pruning.keep import select
+from minitron.pruning.reslice import reslice
+from minitron.pruning.target import target_arch
+from minitron.weights.load import load
+from minitron.weights.save import export
+from minitron.weights.source import open_folder
+from tests.multirank.ranks import Layout, on_ranks
+from tests.oracles.models import BIASES, UNTIED, hf_model, same_tensors, save_model as save_hf, saved_tensors, tokens_of
+from tests.oracles.sharded import of_last_stage, whole_logits
+from tests.oracles.slicing import sliced
+
+BIG = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 60, "head_dim": 6}
+MODELS = {
+    "tied": BIG,
+    "untied_biases": {**BIG, **UNTIED, **BIASES, "num_key_value_heads": 3},
+    "one_head_groups": {**BIG, "num_key_value_heads": 12},
+}
+TARGETS = {
+    "hidden": {"hidden_size": 36},
+    "ffn": {"ffn_hidden_size": 24},
+    "heads": {"num_attention_heads": 0.5},
+    "groups": {"num_query_groups": 0.7},
+    "width": {"hidden_size": 24, "ffn_hidden_size": 36, "num_query_groups": 0.7},
+}
+DEPTH = {"layers": {"num_layers": 3}, "everything": {"num_layers": 1, "hidden_size": 12, "ffn_hidden_size": 12, "num_query_groups": 0.5}}
+LAYOUTS = [Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=True), Layout(tp=3), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2)]
+
+
+def pruned_by(world, folder, target, scores):
+    """The pruned model of a folder, what was kept, and its folder's source."""
+    source = open_folder(folder, "model.path")
+    arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp))
+    keep = select(scores, source.arch, arch)
+    return reslice(load(source, world, torch.float32), keep, arch, world), keep, source
+
+
+def targets_for(arch, pp):
+    """TARGETS, with fractions of heads as multiples of the groups, for an architecture; those that cut depth for one stage only."""
+    found = {}
+    for name, sizes in (TARGETS | (DEPTH if pp == 1 else {})).items():
+        if name == "heads" and arch.heads_per_group == 1:
+            continue
+        heads = {"num_attention_heads": max(1, arch.heads_per_group // 2) * arch.num_query_groups} if name == "heads" else {}
+        found[name] = Target(**{**sizes, **heads})
+    return found
+
+
+def battery(world, folders, out):
+    """Every model cut to every target: its export under `out`, its logits, what was kept, and how many units lie out of order."""
+    found = {}
+    for model, folder in folders.items():
+        arch = open_folder(folder, "model.path").arch
+        for name, target in targets_for(arch, world.pp).items():
+            pruned, keep, source = pruned_by(world, folder, target, random_scores(arch, seed=5))
+            export(pruned, world, source.config, folder, out / model / name, torch.float32)
+            logits = whole_logits(pruned, tokens_of(arch.vocab_size, 1, 12), world)
+            found[model, name] = (logits, keep, pruned.unit_order, pruned.arch)
+            if name == "width":
+                save_model(pruned, out / "shards" / model, world)
+    return found
+
+
+def reloaded(world, shards, out, source):
+    """Export a model that was saved at another layout."""
+    model = load_model(shards, world, torch.float32)
+    config = open_folder(source, "model.path").config
+    export(model, world, config, source, out, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_hf(root / name, seed, **changes) for seed, (name, changes) in enumerate(MODELS.items())}
+
+
+def check_export(original, exported, keep, arch, logits):
+    """The exported folder holds the sliced tensors bit by bit and gives the pruned model's logits; `arch` counts its parameters."""
+    hf = hf_model(exported)
+    expected = sliced(saved_tensors(original), hf.config.head_dim, keep)
+    assert same_tensors(saved_tensors(exported), expected)
+    assert hf.num_parameters() == arch.num_parameters()
+    assert hf.config.tie_word_embeddings == ("lm_head.weight" not in expected) == arch.share_embeddings_and_output_weights
+    with torch.no_grad():
+        assert (hf(tokens_of(arch.vocab_size, 1, 12)).logits - logits).abs().max() < 1e-4
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
+def test_the_exported_model_is_the_sliced_original(layout, folders, tmp_path):
+    ranks = on_ranks(battery, layout, folders, tmp_path)
+    for (model, name), (_, keep, _, arch) in ranks[0].items():
+        logits = of_last_stage([found[model, name][0] for found in ranks])
+        check_export(folders[model], tmp_path / model / name, keep, arch, logits)
+        assert all(same_tensors(found[model, name][1].tensors(), keep.tensors()) for found in ranks)
+    reordered = [key for found in ranks for key, (*_, order, _) in found.items() if order]
+    assert bool(reordered) == (layout.tp > 1)  # the scores leave the ranks with uneven numbers of units
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("saved", "loaded"), itertools.permutations([Layout(), Layout(tp=2), Layout(tp=3), Layout(pp=2)], 2), ids=str)
+def test_a_pruned_model_is_saved_at_one_layout_and_loaded_at_another(saved, loaded, folders, tmp_path):
+    """Units that a layout left out of order, and dead groups that pad it, are not in the way of the next."""
+    models = {name: folders[name] for name in ("tied", "untied_biases")}
+    ranks = on_ranks(battery, saved, models, tmp_path)
+    for name, folder in models.items():
+        on_ranks(reloaded, loaded, tmp_path / "shards" / name, tmp_path / "again" / name, folder)
+        assert same_tensors(saved_tensors(tmp_path / "again" / name), saved_tensors(tmp_path / name / "width"))
+        assert ranks[0][name, "width"][3].num_query_groups % 3 or name == "untied_biases"
+
+
+@pytest.fixture(scope="module")
+def lasting_world():
+    """One world for all of a property's examples."""
+    with world(Parallel(), "cpu", 1) as here:
+        yield here
+
+
+@st.composite
+def cases(draw):
+    """A model's config and a target that is smaller in any number of ways."""
+    groups, per_group = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    heads, biased = groups * per_group, draw(st.booleans())
+    config = {
+        "num_hidden_layers": draw(st.integers(1, 3)), "hidden_size": heads * draw(st.integers(2, 6)), "intermediate_size": draw(st.integers(2, 20)),
+        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
+        "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}),
+    }  # fmt: skip
+    new_groups = draw(st.integers(1, groups))
+    new_heads = new_groups * draw(st.integers(1, per_group))
+    # transformers loads a model with biases only if the heads divide the width
+    widths = st.integers(1, config["hidden_size"]).filter(lambda width: not biased or width % new_heads == 0)
+    target = Target(
+        num_layers=draw(st.integers(1, config["num_hidden_layers"])),
+        hidden_size=draw(widths),
+        ffn_hidden_size=draw(st.integers(1, config["intermediate_size"])),
+        num_query_groups=new_groups,
+        num_attention_heads=new_heads,
+    )
+    return config, target, draw(st.integers(0, 99))
+
+
+@given(case=cases())
+@settings(max_examples=25)
+def test_any_shape_cut_in_any_way(lasting_world, case):
+    config, target, seed = case
+    with tempfile.TemporaryDirectory() as root:
+        original, exported = save_hf(Path(root) / "original", seed, **config), Path(root) / "exported"
+        scores = random_scores(from_hf(open_folder(original, "x").config, "x"), seed)
+        pruned, keep, source = pruned_by(lasting_world, original, target, scores)
+        export(pruned, lasting_world, source.config, original, exported, torch.float32)
+        check_export(original, exported, keep, pruned.arch, whole_logits(pruned, tokens_of(config["vocab_size"], 1, 12), lasting_world))
+
+
+def test_the_original_is_emptied_as_it_is_cut(folders, alone):
+    """No two models at a time: what was cut has given its memory back."""
+    source = open_folder(folders["tied"], "model.path")
+    model = load(source, alone, torch.float32)
+    arch = target_arch(source.arch, Target(hidden_size=24), Parallel())
+    reslice(model, select(random_scores(source.arch, 0), source.arch, arch), arch, alone)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_depends_on_the_order_of_scores_alone_depends_on_nothing_else(folders, alone):
+    """Scores that rank alike keep alike, whatever their size."""
+    arch = open_folder(folders["tied"], "model.path").arch
+    target = arch.replace(hidden_size=24, ffn_hidden_size=24, num_layers=2)
+    scores = random_scores(arch, 1)
+    one, other = select(scores, arch, target), select({name: 1e-6 * score**3 for name, score in scores.items()}, arch, target)
+    assert all(np.array_equal(one.tensors()[name], units) for name, units in other.tensors().items())

@@ -1,0 +1,79 @@
+"""Sizes that can be pruned to, and those that are refused in one line that names the setting."""
+
+import pytest
+
+from minitron.arch.families import from_hf
+from minitron.config.schema import Parallel, Target
+from minitron.errors import RequestError
+from minitron.pruning.target import target_arch
+from tests.oracles.models import BIASES, config_of
+
+ARCH = from_hf(config_of(num_attention_heads=12, num_key_value_heads=4, head_dim=8, hidden_size=96, intermediate_size=240, num_hidden_layers=6).to_dict(), "x")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"num_layers": 7}, "target.num_layers=7: the model has 6: pruning can only make it smaller"),
+        ({"hidden_size": 97}, "target.hidden_size=97: the model has 96"),
+        ({"ffn_hidden_size": 10**9}, "target.ffn_hidden_size=1000000000: the model has 240"),
+        ({"num_attention_heads": 13}, "target.num_attention_heads=13: the model has 12"),
+        ({"num_query_groups": 5}, "target.num_query_groups=5: the model has 4"),
+        ({"hidden_size": 1.0}, "target.hidden_size=1.0: a whole number, or a fraction below 1, is needed"),
+        ({"ffn_hidden_size": 1.5}, "target.ffn_hidden_size=1.5: a whole number, or a fraction below 1"),
+        ({"num_layers": 3.0}, "target.num_layers=3.0: a whole number, or a fraction below 1"),
+        ({"num_attention_heads": 10}, "target.num_attention_heads=10: every KV group keeps the same number of heads: a multiple of 4 is needed"),
+        ({"num_attention_heads": 4, "num_query_groups": 3}, "target.num_attention_heads=4: .*a multiple of 3 is needed"),
+        ({"num_attention_heads": 12, "num_query_groups": 2}, "target.num_attention_heads=12: a KV group has 3 heads: at most 6"),
+        ({"num_moe_experts": 4}, "target.num_moe_experts=4: this model has no experts; null is needed"),
+    ],
+    ids=str,
+)
+def test_impossible_targets(target, said):
+    with pytest.raises(RequestError, match=said) as refusal:
+        target_arch(ARCH, Target(**target), Parallel())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "parallel", "said"),
+    [
+        ({"ffn_hidden_size": 63}, {"tp": 2}, "target.ffn_hidden_size=63: must be divisible by parallel.tp=2"),
+        ({"hidden_size": 48}, {"tp": 7}, "ffn_hidden_size=240: must be divisible by parallel.tp=7"),
+        ({"num_layers": 5}, {"pp": 2}, "target.num_layers=5: must be divisible by parallel.pp=2"),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_divide_over_the_ranks(target, parallel, said):
+    with pytest.raises(RequestError, match=said):
+        target_arch(ARCH, Target(**target), Parallel(**parallel))
+
+
+def test_a_width_that_transformers_cannot_load_is_refused_before_any_work():
+    biased = from_hf(config_of(**BIASES).to_dict(), "x")
+    with pytest.raises(RequestError, match="hidden_size=40: transformers loads"):
+        target_arch(biased, Target(hidden_size=40), Parallel())
+    assert target_arch(biased, Target(hidden_size=42), Parallel()).hidden_size == 42
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ({}, {}),
+        ({"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 100}, {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 100}),
+        ({"num_attention_heads": 8}, {"num_attention_heads": 8}),
+        ({"num_query_groups": 2}, {"num_query_groups": 2, "num_attention_heads": 6}),  # whole groups go, with their heads
+        ({"num_query_groups": 3, "num_attention_heads": 6}, {"num_query_groups": 3, "num_attention_heads": 6}),
+        ({"hidden_size": 0.5, "ffn_hidden_size": 0.5}, {"hidden_size": 48, "ffn_hidden_size": 120}),
+        ({"hidden_size": 0.66}, {"hidden_size": 64}),  # 63.4 rounded to a multiple of 8
+        ({"hidden_size": 0.66, "multiple_of": 1}, {"hidden_size": 63}),
+        ({"hidden_size": 0.01}, {"hidden_size": 8}),  # never nothing
+        ({"ffn_hidden_size": 0.999, "multiple_of": 64}, {"ffn_hidden_size": 240}),  # never more than there is
+        ({"num_layers": 0.5}, {"num_layers": 3}),
+        ({"num_layers": 0.9}, {"num_layers": 5}),
+        ({"num_query_groups": 0.5}, {"num_query_groups": 2, "num_attention_heads": 6}),
+    ],
+    ids=str,
+)
+def test_sizes_and_fractions(target, sizes):
+    assert target_arch(ARCH, Target(**target), Parallel()) == ARCH.replace(**sizes)
