@@ -50,7 +50,11 @@ def docstrings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "docstrings.jsonl"
     with open(path, "w", encoding="utf-8") as handle:
         for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
-            nodes = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+            nodes = [
+                node
+                for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+            ]
             text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
             if text:
                 handle.write(json.dumps({"text": text}) + "\n")

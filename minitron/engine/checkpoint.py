@@ -1,8 +1,10 @@
 """Distributed checkpoints: each rank writes and reads its own shards; a checkpoint is complete or absent."""
 
+import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +113,15 @@ def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torc
     model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec)
     model.unit_order = {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
     loaded = load_sharded({"model": model_state(model, world)}, weights or folder)
-    model.load_state_dict(loaded["model"], strict=False)
+    fill(model, loaded["model"])
     return model
+
+
+def fill(model: Model, tensors: dict[str, Any]) -> None:
+    """Put loaded tensors into a model: every parameter, and nothing else."""
+    result = model.load_state_dict(tensors, strict=False)
+    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+    assert not missing and not result.unexpected_keys, f"not loaded: {missing}, unknown: {result.unexpected_keys}"
 
 
 def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
@@ -157,15 +166,57 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return False
+        give_state(trainer.optimizer)
         loaded = load_sharded(_whole_state(trainer, loading=True), self.path(step))
-        trainer.model.load_state_dict(loaded["model"], strict=False)
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        fill(trainer.model, loaded["model"])
+        with step_counts_stay(trainer.optimizer):
+            trainer.optimizer.load_state_dict(loaded["optimizer"])
+        unshare_steps(trainer.optimizer)
         trainer.set_state(loaded["trainer"])
         return True
 
     def stop(self, trainer: "Trainer") -> None:
         """End the run early; everything is saved."""
         raise Stopped(f"stopped at step {trainer.step}, saved in {self.path(trainer.step)}: the same command continues")
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
+    """The torch optimizers inside Megatron's, where neither apex nor Transformer Engine brings another."""
+    return [part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def give_state(optimizer: Any) -> None:
+    """Megatron reads the step count out of the optimizer's state even to load it, and torch makes that state at the first step."""
+    for inner in torch_optimizers(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter].update(step=torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros)
+
+
+@contextlib.contextmanager
+def step_counts_stay(optimizer: Any) -> Iterator[None]:
+    """Megatron loads torch's step count apart from the tensors, and then misses it among the tensors of each parameter."""
+    parts = [part for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.AdamW)]
+
+    def with_step(part: Any) -> Callable[[Any, dict[str, Any]], None]:
+        load = part._set_main_param_and_optimizer_states
+        return lambda parameter, tensors: load(parameter, {"step": part._get_main_param_and_optimizer_states(parameter)["step"], **tensors})
+
+    for part in parts:
+        part._set_main_param_and_optimizer_states = with_step(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+
+
+def unshare_steps(optimizer: Any) -> None:
+    """Megatron loads one step tensor for all parameters, and torch's fused kernel would count it up once for each of them."""
+    for inner in torch_optimizers(optimizer):
+        for parameter, state in inner.state.items():
+            state["step"] = state["step"].to(parameter.device).clone()
 
 
 def _whole_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron.config.schema import Train
-from minitron.engine.checkpoint import Checkpoints
+from minitron.engine.checkpoint import Checkpoints, torch_optimizers
 from minitron.engine.model import Model
 from minitron.engine.parallel import World
 from minitron.engine.schedule import LossParts, forward_backward
@@ -114,10 +114,9 @@ class Trainer:
 
 def use_fused_adam(optimizer: Any) -> None:
     """Without apex and Transformer Engine, Megatron falls back to torch's AdamW: take its one-pass kernel (on a CPU six times as fast)."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                group.update(fused=True, foreach=False)
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float]:

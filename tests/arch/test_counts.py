@@ -101,5 +101,5 @@ def test_an_architecture_survives_its_json_form():
     assert arch.rope_parameters == {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0}
     with pytest.raises(RequestError, match="arch: unknown sizes depth"):
         Arch.from_dict({**arch.to_dict(), "depth": 3})
-    with pytest.raises(RequestError, match="arch: .*missing.*hidden_size"):
+    with pytest.raises(RequestError, match=r"arch: .*missing.*hidden_size"):
         Arch.from_dict({key: value for key, value in arch.to_dict().items() if key != "hidden_size"})

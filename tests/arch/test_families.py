@@ -95,5 +95,5 @@ def test_a_shape_that_llama_refuses_is_written_as_mistral():
 def test_a_shape_that_no_class_of_transformers_loads_is_refused():
     biased = from_hf({**PLAIN, "attention_bias": True, "mlp_bias": True}, "x")
     assert to_hf(biased, {})["model_type"] == "llama"
-    with pytest.raises(RequestError, match="hidden_size=30: .*only if this is a multiple of num_attention_heads=4"):
+    with pytest.raises(RequestError, match=r"hidden_size=30: .*only if this is a multiple of num_attention_heads=4"):
         to_hf(biased.replace(hidden_size=30), {})

@@ -33,10 +33,10 @@ def test_scores_of_another_model_are_refused(written):
 
 
 def test_files_that_are_no_score_files_are_refused(written, tmp_path):
-    with pytest.raises(RequestError, match="cannot read .*absent.*minitron calibrate makes it"):
+    with pytest.raises(RequestError, match=r"cannot read .*absent.*minitron calibrate makes it"):
         Scores.load(tmp_path / "absent", ARCH, "cafe")
     written.write_bytes(written.read_bytes()[:-4])
-    with pytest.raises(RequestError, match="cannot read .*importance.safetensors"):
+    with pytest.raises(RequestError, match=r"cannot read .*importance.safetensors"):
         Scores.load(written, ARCH, "cafe")
     save_file(load_file(_foreign(tmp_path)), tmp_path / "plain.safetensors")
     with pytest.raises(RequestError, match="was measured on another model"):

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import queue
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ def started(function: Callable[..., Any], size: int, *args: Any) -> "Iterator[Ra
             ranks.start({**torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, args)
         yield ranks
     finally:
-        ranks.kill()
+        ranks.end()
 
 
 class Died(RuntimeError):
@@ -86,6 +87,7 @@ class Ranks:
     def __init__(self) -> None:
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
+        self.answered: set[int] = set()
 
     def start(self, environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any]) -> None:
         """Start one more."""
@@ -116,10 +118,17 @@ class Ranks:
             self.processes[rank].join()
             self.kill()
             raise Died(f"rank {rank} ended with exit code {self.processes[rank].exitcode} and no answer") from None
+        self.answered.add(rank)
         if not succeeded:
             self.kill()
             raise value from RuntimeError(f"on rank {rank}\n{trace}")
         return value
+
+    def end(self, grace: float = 30) -> None:
+        """Let ranks that have answered clean up after themselves, then kill whatever still runs."""
+        for rank in self.answered:
+            self.processes[rank].join(grace)
+        self.kill()
 
     def kill(self) -> None:
         """End whatever still runs."""
@@ -130,6 +139,10 @@ class Ranks:
 
 
 def _answer(environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any], pipe: Connection) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # where it saves, Megatron would start a whole interpreter per rank to hold a queue that only the rank itself then uses
+    filesystem_async._results_queue = queue.Queue()
     os.environ.update(environment)
     try:
         answer = (True, function(*args), "")

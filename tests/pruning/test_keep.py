@@ -27,9 +27,7 @@ def requests(draw):
         num_attention_heads=new_groups * draw(st.integers(1, per_group)),
     )
     draw_scores = st.integers(-2, 2).map(float)
-    scores = {
-        name: torch.tensor(draw(st.lists(draw_scores, min_size=size, max_size=size))) for name, (size,) in expected_shapes(original).items()
-    }
+    scores = {name: torch.tensor(draw(st.lists(draw_scores, min_size=size, max_size=size))) for name, (size,) in expected_shapes(original).items()}
     return original, target, scores
 
 
@@ -78,7 +76,11 @@ def test_the_file_holds_what_was_kept_under_the_names_of_the_scores(tmp_path):
     keep = select(scores, original, original.replace(num_layers=2, hidden_size=3, ffn_hidden_size=2, num_attention_heads=2))
     keep.save(tmp_path / "keep.safetensors")
     again = Keep.load(tmp_path / "keep.safetensors")
-    assert again.tensors().keys() == keep.tensors().keys() == {"layers", "hidden", *(f"{a}.{n}" for a in ("ffn", "heads", "groups") for n in keep.layers)}
+    assert (
+        again.tensors().keys()
+        == keep.tensors().keys()
+        == {"layers", "hidden", *(f"{a}.{n}" for a in ("ffn", "heads", "groups") for n in keep.layers)}
+    )
     assert all(torch.equal(again.tensors()[name], units) for name, units in keep.tensors().items())
 
 

@@ -8,7 +8,9 @@ from minitron.errors import RequestError
 from minitron.pruning.target import target_arch
 from tests.oracles.models import BIASES, config_of
 
-ARCH = from_hf(config_of(num_attention_heads=12, num_key_value_heads=4, head_dim=8, hidden_size=96, intermediate_size=240, num_hidden_layers=6).to_dict(), "x")
+ARCH = from_hf(
+    config_of(num_attention_heads=12, num_key_value_heads=4, head_dim=8, hidden_size=96, intermediate_size=240, num_hidden_layers=6).to_dict(), "x"
+)
 
 
 @pytest.mark.parametrize(

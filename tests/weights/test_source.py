@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from minitron.errors import RequestError
@@ -142,7 +141,7 @@ def test_paths_that_lead_nowhere(path, said):
 
 
 def test_a_folder_and_files_of_another_kind(tmp_path):
-    with pytest.raises(RequestError, match="the folder holds no config.json"):
+    with pytest.raises(RequestError, match=r"the folder holds no config.json"):
         locate(str(tmp_path), "model.path")
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(RequestError, match=r"a file must be a .gguf"):
@@ -171,9 +170,7 @@ def test_a_broken_gguf_is_one_line(tmp_path):
     from minitron.weights.source import convert_gguf
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(RequestError, match="cannot read .*model.gguf as GGUF") as refusal:
+    with pytest.raises(RequestError, match=r"cannot read .*model.gguf as GGUF") as refusal:
         convert_gguf(tmp_path / "model.gguf", tmp_path / "out", "fp32")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
-
-
