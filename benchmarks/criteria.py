@@ -58,7 +58,7 @@ def main() -> None:
     columns = {"ranked by": "<", "M parameters": ".1f", **dict.fromkeys(texts.values(), ".3f")}
     notes = [
         f"no retraining; {cfg.calibrate.samples} calibration samples of {cfg.calibrate.seq_length} tokens; "
-        f"loss in nats per token over {cfg.eval.tokens:,} tokens of each text in windows of {cfg.eval.seq_length or cfg.train.seq_length}; {cfg.dtype}"
+        f"loss in nats per token over {cfg.eval.tokens:,} tokens of each text; {cfg.dtype}"
     ]
     publish("Zero-shot loss after pruning, by what ranks the units", columns, rows, notes, options.json)
 

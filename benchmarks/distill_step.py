@@ -135,10 +135,14 @@ def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, .
                     first.setdefault(name, loss)
                     if number > 0:  # the first step also allocates
                         seconds[name].append({**parts, "total": sum(parts.values())})
-    median = {name: [statistics.median(one[part] for one in all_) for part in (*PARTS, "total")] for name, all_ in seconds.items()}
+    names = (*PARTS, "total")
     tokens = cfg.train.global_batch_size * cfg.train.seq_length
-    rows = [(f"{name}, {dtype}", first[name], *times, tokens / times[-1]) for name, times in median.items()]
-    ratios = [theirs / mine for theirs, mine in zip(median["transformers"], median["minitron"], strict=True)]
+    rows: list[tuple[Any, ...]] = []
+    for name, steps in seconds.items():
+        medians = [statistics.median(one[part] for one in steps) for part in names]
+        rows.append((f"{name}, {dtype}", first[name], *medians, tokens / medians[-1]))
+    pairs = list(zip(seconds["transformers"], seconds["minitron"], strict=True))
+    ratios = [statistics.median(theirs[part] / mine[part] for theirs, mine in pairs) for part in names]
     return [*rows, (f"ratio, {dtype}", None, *ratios, None)]
 
 
@@ -153,7 +157,7 @@ def main() -> None:
     notes = [
         f"seconds, medians of {options.repeats} steps after one that is not counted; teacher: its forward pass; student: forward, loss, backward",
         "transformers' teacher part includes its logits, minitron makes them inside the student's part: compare the totals",
-        "ratio: transformers / minitron, above 1 where minitron is faster",
+        "ratio: transformers / minitron of the same turn, the median; above 1 where minitron is faster",
         "first loss: both sides before any update, on the same tokens",
     ]
     publish("One distillation step", columns, rows, notes, options.json)

@@ -11,7 +11,7 @@ import torch
 
 from minitron import engine
 from minitron.config.schema import Distill
-from minitron.distillation.fused import linear_forward_kl
+from minitron.distillation.fused import Scratch, linear_forward_kl
 
 Tensor = torch.Tensor
 
@@ -31,6 +31,8 @@ def distillation_loss(
     Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5).
     """
 
+    scratch = Scratch()
+
     def for_step(microbatches_BS: list[Tensor]) -> Callable[[int, Tensor], engine.LossParts]:
         signals_TG = teacher_signal(teacher, microbatches_BS, world)
 
@@ -40,7 +42,7 @@ def distillation_loss(
             teacher_head_vG, _ = engine.live_head(teacher, world)
             mask_T = torch.ones(hidden_TH.shape[0], dtype=torch.bool, device=hidden_TH.device)
             total = linear_forward_kl(
-                hidden_TH, head_vH, signals_TG[number], teacher_head_vG.detach(), mask_T, world, settings.temperature, settings.chunk_tokens
+                hidden_TH, head_vH, signals_TG[number], teacher_head_vG.detach(), mask_T, world, settings.temperature, settings.chunk_tokens, scratch
             )
             signals_TG[number] = signals_TG[number][:0]  # freed as soon as it is used
             tokens = mask_T.sum(dtype=torch.int)

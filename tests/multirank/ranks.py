@@ -17,8 +17,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-PRELOAD = ("minitron.stages.compress", "minitron.cli", "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral")
-
 
 class Layout(NamedTuple):
     """How one model lies over processes."""
@@ -56,7 +54,7 @@ def _in_world(function: Callable[..., Any], layout: Layout, seed: int, args: tup
 
 
 def each_rank(function: Callable[..., Any], size: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """`function(*args)` in `size` processes with the environment that torchrun gives its ranks; what each returned, in rank order."""
+    """`function(*args)` in `size` processes; what each returned, in rank order. Several get the environment that torchrun gives its ranks."""
     with started(function, size, *args) as ranks:
         return ranks.results(timeout)
 
@@ -67,11 +65,12 @@ def started(function: Callable[..., Any], size: int, *args: Any) -> "Iterator[Ra
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120), wait_for_workers=False)
-    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
+    job = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
     ranks = Ranks()
     try:
         for rank in range(size):
-            ranks.start({**torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, args)
+            torchrun = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.start(torchrun if size > 1 else {}, function, args)
         yield ranks
     finally:
         ranks.end()
@@ -158,5 +157,5 @@ def _answer(environment: dict[str, str], function: Callable[..., Any], args: Seq
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(["tests.multirank.preload"])
     return context

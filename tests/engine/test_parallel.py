@@ -1,0 +1,112 @@
+"""Joining processes, and what ranks tell each other."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from minitron.config.schema import Parallel
+from minitron.engine.parallel import (
+    any_rank,
+    broadcast_object,
+    check_layout,
+    gather_to_main,
+    merge_over_stages,
+    on_main,
+    pick_device,
+    refuse_together,
+    sum_over_model_ranks,
+    sum_over_replicas,
+    world,
+)  # fmt: skip
+from minitron.errors import RequestError
+from tests.multirank.ranks import Layout, on_ranks
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "said"),
+    [
+        ({"tp": 3}, 4, "parallel.tp=3: tp x pp = 3 must divide the number of processes, 4"),
+        ({"tp": 2, "pp": 2}, 2, "parallel.tp=2: tp x pp = 4 must divide the number of processes, 2"),
+        ({"tp": 2}, 1, "must divide the number of processes, 1"),
+        ({"sp": True}, 1, "parallel.sp=True: sequence parallelism needs parallel.tp of at least 2"),
+        ({"vpp": 2}, 4, "parallel.vpp=2: only 1 is supported"),
+        ({"cp": 2}, 4, "parallel.cp=2: only 1 is supported"),
+        ({"ep": 2}, 4, "parallel.ep=2: only 1 is supported"),
+    ],
+    ids=str,
+)
+def test_layouts_that_cannot_be_run(layout, processes, said):
+    with pytest.raises(RequestError, match=said):
+        check_layout(Parallel(**layout), processes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(RequestError, match="device=cuda: no GPU is visible to torch; use auto or cpu"):
+        pick_device("cuda")
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+
+
+def test_processes_are_left_as_they_were_found():
+    for _ in range(2):
+        with world(Parallel(), "cpu", 1) as here:
+            assert dist.is_initialized()
+            assert (here.rank, here.size, here.is_main, here.is_first_stage, here.is_last_stage) == (0, 1, True, True, True)
+        assert not dist.is_initialized()
+    with pytest.raises(ZeroDivisionError), world(Parallel(), "cpu", 1):
+        1 / 0  # noqa: B018
+    assert not dist.is_initialized()
+
+
+def test_a_second_run_in_one_process_is_refused(alone):
+    with pytest.raises(RequestError, match="one run per process"), world(Parallel(), "cpu", 1):
+        pass
+    assert dist.is_initialized()
+
+
+def battery(here):
+    """What every helper gives this rank."""
+    stage = torch.full((2, 3), float(here.tp_rank)) + 10 * here.pp_rank
+    found = {
+        "main": on_main(here, lambda: f"from {here.rank}"),
+        "broadcast": broadcast_object(here.rank + 5, here),
+        "any": (any_rank(here.rank == 3, here), any_rank(False, here)),
+        "model": sum_over_model_ranks(10**here.rank, here),
+        "replicas": [tensor.tolist() for tensor in sum_over_replicas([torch.ones(2) * here.rank, torch.ones(1, 1)], here)],
+        "merged": {key: value.item() for key, value in merge_over_stages(
+            {f"own.{here.pp_rank}": torch.tensor(here.pp_rank), "both": torch.tensor(here.pp_rank + 1)}, here, add=("both",)).items()},
+        "first": gather_to_main(stage if here.is_first_stage else None, here, 1),
+        "last": gather_to_main(stage if here.is_last_stage else None, here, 0),
+        "same": gather_to_main(stage, here, None),
+    }  # fmt: skip
+    for refusal in (lambda: on_main(here, refuse), lambda: refuse_together("lost on 1" if here.rank == 1 else None, here)):
+        try:
+            refusal()
+        except RequestError as error:
+            found.setdefault("refused", []).append(str(error))
+    refuse_together(None, here)
+    return found
+
+
+def refuse():
+    raise RequestError("no room")
+
+
+@pytest.mark.multirank
+def test_what_four_ranks_tell_each_other():
+    ranks = on_ranks(battery, Layout(tp=2, pp=2))
+    for found in ranks:
+        assert (found["main"], found["broadcast"], found["any"], found["model"]) == ("from 0", 5, (True, False), 1111)
+        assert found["merged"] == {"own.0": 0, "own.1": 1, "both": 3}
+        assert found["refused"] == ["no room", "lost on 1"]
+    assert ranks[0]["first"].tolist() == [[0.0] * 3 + [1.0] * 3] * 2
+    assert ranks[0]["last"].tolist() == [[10.0] * 3] * 2 + [[11.0] * 3] * 2
+    assert ranks[0]["same"].tolist() == [[0.0] * 3] * 2
+    assert all(found[name] is None for found in ranks[1:] for name in ("first", "last", "same"))
+
+
+@pytest.mark.multirank
+def test_replicas_add_up():
+    ranks = on_ranks(battery, Layout(tp=2, dp=2))
+    assert [found["replicas"] for found in ranks] == [[[2.0, 2.0], [[2.0]]], [[4.0, 4.0], [[2.0]]]] * 2
+    assert [found["model"] for found in ranks] == [11, 11, 1100, 1100]

@@ -1,0 +1,86 @@
+"""The training loop: steps that go wrong, when it saves, validates and stops."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from minitron.engine.trainer import BAD_STEPS_IN_A_ROW
+from minitron.errors import RequestError
+from tests.engine.runs import SETTINGS, Run
+from tests.multirank.ranks import Layout, on_ranks
+from tests.oracles.models import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "model", 4, num_hidden_layers=2)
+
+
+def spoiled(loss, value):
+    """A loss like `loss` whose value, or whose gradient, is not finite."""
+
+    def for_step(microbatches):
+        inner = loss(microbatches)
+
+        def compute(number, hidden):
+            total, tokens, parts = inner(number, hidden)
+            if value == "loss":
+                return total * math.nan, tokens, {**parts, "loss": parts["loss"] * math.nan}
+            hidden.register_hook(lambda gradient: gradient * math.inf)
+            return total, tokens, parts
+
+        return compute
+
+    return for_step
+
+
+def spoiled_step(world, folder, value, dtype):
+    """The metrics of a spoiled step, and whether it left every parameter and the state of the optimizer as they were."""
+    run = Run(world, folder, dtype=dtype)
+    run.step()
+    before = {name: parameter.detach().clone() for name, parameter in run.trainer.model.named_parameters()}
+    batch = run.microbatches(1)
+    line = run.trainer.update(batch, spoiled(run.task.loss, value)(batch))
+    same = all(torch.equal(parameter, before[name]) for name, parameter in run.trainer.model.named_parameters())
+    after = run.step()
+    return line["skipped"], same, math.isfinite(after["loss"]) and math.isfinite(after["grad_norm"]) and after["skipped"] == 0
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("value", ["loss", "gradient"])
+@pytest.mark.parametrize(("layout", "dtype"), [(Layout(), torch.float32), (Layout(), torch.bfloat16), (Layout(tp=2, pp=2), torch.float32)], ids=str)
+def test_a_step_that_is_not_finite_changes_nothing(layout, dtype, value, folder):
+    assert on_ranks(spoiled_step, layout, folder, value, dtype) == [(1, True, True)] * layout.size
+
+
+@pytest.mark.parametrize("save_interval", [10, 2])
+def test_steps_that_are_not_finite_end_the_run_with_one_line(save_interval, folder, alone, tmp_path):
+    run = Run(alone, folder, dataclasses.replace(SETTINGS, save_interval=save_interval))
+    count = BAD_STEPS_IN_A_ROW
+    with pytest.raises(RequestError, match=rf"not finite for {count} steps in a row, up to step {count}: lower train.lr=0.003"):
+        run.fit(tmp_path, loss=spoiled(run.task.loss, "loss"))
+    assert [line["skipped"] for line in run.lines] == [1] * (count - 1)
+
+
+def test_it_reports_every_step_and_validates_and_saves_at_its_intervals(folder, alone, tmp_path):
+    run = Run(alone, folder).fit(tmp_path)
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in run.lines] == [48 * step for step in range(1, 7)]
+    assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in run.lines)
+    assert [line["step"] for line in run.lines if "valid_loss" in line] == [4, 6]
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000006"]  # the newest two
+    assert (tmp_path / "latest").read_text() == "6\n"
+
+
+def test_a_stop_asked_for_at_the_last_step_is_no_stop(folder, alone, tmp_path):
+    run = Run(alone, folder).fit(tmp_path, stop_after=6)
+    assert run.trainer.step == 6
+
+
+def test_a_run_that_is_done_does_nothing_more(folder, alone, tmp_path):
+    run = Run(alone, folder)
+    run.trainer.step = 6
+    assert run.fit(tmp_path).lines == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,54 @@
+"""Runs `minitron` commands as a user's shell would, in processes of their own."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.multirank.ranks import Ranks, started
+
+
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _main(out: Path, prepare: Callable[[], None] | None, arguments: list[str]) -> int:
+    from minitron.cli import main
+
+    for number, name in ((1, "out"), (2, "err")):
+        handle = os.open(out.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if prepare is not None:
+        prepare()
+    return main(arguments)
+
+
+@contextlib.contextmanager
+def running(log: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> Iterator[Ranks]:
+    """`minitron ARGUMENTS` in one process, its output in `log`.out and `log`.err, while the block runs."""
+    with started(_main, 1, log, prepare, list(map(str, arguments))) as ranks:
+        yield ranks
+
+
+def minitron(log: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> Done:
+    """The outcome of `minitron ARGUMENTS`; `prepare`, importable by name, is called in its process before."""
+    with running(log, *arguments, prepare=prepare) as ranks:
+        code = ranks.results(timeout=300)[0]
+    return Done(code, log.with_suffix(".out").read_text(), log.with_suffix(".err").read_text())
+
+
+def wait_until(condition: Callable[[], bool], ranks: Ranks, timeout: float = 120) -> None:
+    """Return as soon as `condition` holds; fail if the command ends before, or does not get there."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert ranks.processes[0].is_alive(), "the command ended too early"
+        assert time.monotonic() < until, "the command did not get there"
+        time.sleep(0.002)

@@ -1,0 +1,202 @@
+"""The whole chain on a real model: what it leaves, what it does not do twice, where it goes on, what it does on two ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minitron.arch.arch import Arch
+from tests.oracles.models import same_tensors, saved_tensors
+from tests.oracles.slicing import best, sliced
+from tests.stages.commands import minitron, running, wait_until
+
+ARTIFACTS = (
+    "config.yaml", "stages.json", "data", "importance.safetensors", "keep.safetensors", "arch.json", "pruned", "checkpoints", "metrics.jsonl",
+    "eval.json", "hf", "report.html",
+)  # fmt: skip
+
+
+def lines(run):
+    """The metrics of a run, without those that tell time."""
+    with open(run / "metrics.jsonl", encoding="utf-8") as handle:
+        return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "time"} for line in handle]
+
+
+def results(run):
+    """eval.json without speeds."""
+    found = json.loads((run / "eval.json").read_text())
+    return {name: {key: value for key, value in entry.items() if key != "tokens_per_second"} for name, entry in found.items()}
+
+
+def snapshot(run):
+    """When each artifact was written, and its size."""
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in ("report.html", "config.yaml")]
+    return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def partial(run):
+    return [path for path in run.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_every_artifact_is_there_and_nothing_half_written(finished):
+    assert {path.name for path in finished.iterdir()} == set(ARTIFACTS)
+    assert partial(finished) == []
+    assert all(entry["done"] for entry in json.loads((finished / "stages.json").read_text()).values())
+
+
+def test_what_the_artifacts_say_fits_together(finished, stories):
+    architectures = {name: Arch.from_dict(sizes) for name, sizes in json.loads((finished / "arch.json").read_text()).items()}
+    pruned = architectures["pruned"]
+    assert pruned == architectures["original"].replace(hidden_size=48, ffn_hidden_size=128)
+
+    found = results(finished)
+    assert {name: entry["params"] for name, entry in found.items()} == {
+        "teacher": architectures["original"].num_parameters(), "pruned": pruned.num_parameters(), "student": pruned.num_parameters(),
+    }  # fmt: skip
+    assert found["teacher"]["loss"] < found["student"]["loss"] < found["pruned"]["loss"]
+
+    steps = lines(finished)
+    assert [line["step"] for line in steps] == list(range(1, 17))
+    assert [line["step"] for line in steps if "valid_loss" in line] == [8, 16]
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert {"loss", "kd_loss", "lr", "grad_norm", "tokens"} <= set(steps[0])
+
+
+def test_the_kept_units_are_those_of_the_highest_scores_and_the_weights_theirs(finished, stories):
+    """keep.safetensors against importance.safetensors, and the pruned model (exported anew) against plain indexing of the original."""
+    from minitron.pruning.keep import Keep
+
+    scores = {name: tensor.tolist() for name, tensor in saved_tensors_of(finished / "importance.safetensors").items()}
+    keep = Keep.load(finished / "keep.safetensors")
+    assert keep.hidden.tolist() == best(scores["hidden"], 48)
+    assert all(keep.ffn[layer].tolist() == best(scores[f"ffn.{layer}"], 128) for layer in range(5))
+    copy = finished.parent / "pruned_only"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    done = minitron(copy.with_name("log"), "export", f"run.dir={copy}", f"model.path={stories}", "device=cpu", "dtype=fp32")
+    assert (done.code, done.err) == (0, "")
+    assert same_tensors(saved_tensors(copy / "hf"), sliced(saved_tensors(stories), 8, keep))
+
+
+def saved_tensors_of(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_the_exported_student_gives_the_loss_that_was_evaluated(finished):
+    from minitron.data.corpus import Windows
+    from minitron.data.manifest import Manifest
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "hf", dtype=torch.float32)
+    assert AutoTokenizer.from_pretrained(finished / "hf").vocab_size == 512
+    assert model.num_parameters() == results(finished)["student"]["params"]
+    windows = Windows(Manifest.load(finished / "data").blend("valid"), 64, limit_tokens=4096)
+    tokens = torch.stack([windows[index] for index in range(len(windows))])
+    assert tokens.numel() > 1000
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+    assert results(finished)["student"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_same_command_again_does_nothing_again(finished, settings, tmp_path):
+    before = snapshot(finished)
+    done = minitron(tmp_path / "log", "compress", f"run.dir={finished}", *settings)
+    assert (done.code, done.err) == (0, "")
+    assert snapshot(finished) == before
+
+
+def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
+    run = tmp_path / "run"
+    data = [value for value in settings if value.startswith(("model", "data", "device", "dtype"))]
+    needed = {
+        "data": ("model", "data"),
+        "calibrate": ("model", "data", "calibrate", "logging", "device", "dtype"),
+        "prune": ("model", "target", "calibrate", "device", "dtype"),
+        "distill": ("model", "data", "train", "logging", "device", "dtype"),
+        "evaluate": ("model", "data", "train", "eval", "device", "dtype"),
+        "export": ("model", "device", "dtype"),
+    }
+    assert data
+    for verb, groups in needed.items():
+        done = minitron(tmp_path / "log", verb, f"run.dir={run}", *[value for value in settings if value.startswith(groups)])
+        assert (done.code, done.err) == (0, ""), (verb, done)
+    assert minitron(tmp_path / "log", "report", f"run.dir={run}").code == 0
+    assert (results(run), lines(run)) == (results(finished), lines(finished))
+    assert same_tensors(saved_tensors(run / "hf"), saved_tensors(finished / "hf"))
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def begun(run, verb):
+    """A stage has begun and is not finished."""
+    try:
+        return json.loads((run / "stages.json").read_text())[verb]["done"] is False
+    except (OSError, KeyError):
+        return False
+
+
+def reached(run, step):
+    """Training has reported a step."""
+    try:
+        return len((run / "metrics.jsonl").read_text().splitlines()) >= step
+    except OSError:
+        return False
+
+
+def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_end(finished, settings, tmp_path):
+    """Killed while it calibrates, then while it trains, then asked to stop: each time the same command goes on."""
+    run = tmp_path / "run"
+    command = ["compress", f"run.dir={run}", *settings]
+    with running(tmp_path / "log", *command) as ranks:
+        wait_until(lambda: begun(run, "calibrate"), ranks)
+    assert not (run / "keep.safetensors").exists()
+
+    with running(tmp_path / "log", *command) as ranks:
+        wait_until(lambda: reached(run, 6), ranks)
+    assert (run / "checkpoints" / "step_00000004").is_dir()
+    assert not (run / "checkpoints" / "step_00000016").exists()
+    kept = (run / "keep.safetensors").stat().st_mtime_ns
+
+    with running(tmp_path / "log", *command) as ranks:
+        wait_until(lambda: reached(run, 10), ranks)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        assert ranks.results(timeout=120) == [75]
+    stopped_at = lines(run)[-1]["step"]
+    assert 10 <= stopped_at < 16
+    assert (tmp_path / "log.err").read_text() == (
+        f"minitron: stopped at step {stopped_at}, saved in {run}/checkpoints/step_{stopped_at:08d}: the same command continues\n"
+    )
+
+    done = minitron(tmp_path / "log", *command)
+    assert (done.code, done.err) == (0, "")
+    assert (run / "keep.safetensors").stat().st_mtime_ns == kept
+    assert (results(run), lines(run)) == (results(finished), lines(finished))
+    assert same_tensors(saved_tensors(run / "hf"), saved_tensors(finished / "hf"))
+    assert partial(run) == []
+
+
+@pytest.mark.multirank
+def test_two_tensor_ranks_under_torchrun_make_the_same(finished, settings, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minitron"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "compress", f"run.dir={run}", *settings, "parallel.tp=2"], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / "keep.safetensors").read_bytes() == (finished / "keep.safetensors").read_bytes()
+    alone, both = results(finished), results(run)
+    for name in alone:
+        assert both[name]["loss"] == pytest.approx(alone[name]["loss"], rel=1e-5)
+        assert both[name]["params"] == alone[name]["params"]
+    for one, two in zip(lines(finished), lines(run), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    exported = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32)
+    assert exported.num_parameters() == alone["student"]["params"]
