@@ -13,13 +13,13 @@ from typing import Any
 
 import minitron
 from minitron import engine
-from minitron.config.build import to_yaml
+from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.errors import RequestError, refuse
-from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+from minitron.files import os_errors_are_requests, read_json, sha256, write_json, write_text
 from minitron.pruning.target import target_arch
 from minitron.reporting.console import counter
 from minitron.weights.load import load
@@ -28,6 +28,9 @@ from minitron.weights.source import Source, convert_gguf, fetch, locate, open_fo
 RECORD = "stages.json"
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
+FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "train.save_interval",
+              "train.eval_interval", "train.eval_tokens")  # fmt: skip
+ORDER = ("data", "calibrate", "prune", "distill", "evaluate", "export")  # each stage reads what those before it made
 
 
 @dataclasses.dataclass
@@ -130,31 +133,60 @@ class Session:
         return engine.load_model(self.pruned, self.world, self.dtype, spec, weights)
 
     def is_done(self, verb: str, artifact: str) -> bool:
-        """Whether this run finished a stage with the settings it has now, and `artifact` is still there. The same on every rank."""
+        """Whether this run finished a stage with the settings and inputs it has now, and `artifact` is still there. The same on every rank."""
 
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
-            same = entry.get("settings") == settings_of(self.cfg, verb, free=True)
+            same = entry.get("settings") == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
             return bool(entry.get("done")) and same and (self.folder / artifact).exists()
 
         return engine.on_main(self.world, look)
 
+    def inputs(self, verb: str) -> dict[str, str]:
+        """Fingerprints of what a stage starts from, as they are now."""
+        found = {"model": self.source.fingerprint()}
+        manifest = Manifest.load(self.folder / "data")
+        for split, parts in sorted(manifest.splits.items()):
+            if not split.startswith("text_") or verb == "evaluate":
+                found[split] = "-".join(manifest.parts[name].sha256["bin"][:16] for name, _ in parts)
+        return found
+
     def mark(self, verb: str, done: bool) -> None:
-        """Note that a stage began, or that it is finished, on rank 0."""
+        """Note that a stage began, or that it is finished, on rank 0. What was made from an earlier result of it is out of date."""
 
         def note() -> None:
             record = read_json(self.folder / RECORD)
-            record[verb] = {"settings": settings_of(self.cfg, verb, free=True), "done": done, "version": minitron.__version__}
+            later = ORDER[ORDER.index(verb) + 1 :] if verb != "evaluate" else ()
+            for name in later:
+                if name in record and not done:
+                    record[name]["done"] = False
+            entry = {"settings": settings_of(self.cfg, verb, free=True), "done": done, "version": minitron.__version__}
+            record[verb] = {**entry, "inputs": self.inputs(verb) if done else {}}
             write_json(self.folder / RECORD, record)
 
         engine.on_main(self.world, note)
 
+    def check_descent(self) -> None:
+        """Refuse checkpoints that were trained from another pruned model than the one that is here now."""
+        file = self.checkpoints.folder / "pruned_from"
+
+        def look() -> None:
+            mine = sha256(self.folder / "keep.safetensors")[:16] + "-" + self.source.fingerprint()
+            if self.checkpoints.latest() is None:
+                write_text(file, mine + "\n")
+            elif not file.exists() or file.read_text().strip() != mine:
+                raise refuse(
+                    "run.dir", self.folder, "its checkpoints were trained from another pruned model; remove checkpoints/ or use another run.dir"
+                )
+
+        engine.on_main(self.world, look)
+
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
-    """The settings that decide what a verb makes; with `free`, also `eval`, which decides what evaluate reports."""
+    """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
-    return {group: tree[group] for group in groups}
+    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in FREE_NAMES}
 
 
 @contextlib.contextmanager
@@ -188,6 +220,10 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+    if cfg.parallel.sp:
+        for name, length in (("calibrate", cfg.calibrate.seq_length), ("train", cfg.train.seq_length), ("eval", cfg.eval.seq_length)):
+            if name in groups and length is not None and length % cfg.parallel.tp:
+                raise refuse(f"{name}.seq_length", length, f"with parallel.sp it must be divisible by parallel.tp={cfg.parallel.tp}")
     if "train" in groups:
         per_step = cfg.train.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1")) // (cfg.parallel.tp * cfg.parallel.pp)
         if per_step and cfg.train.global_batch_size % per_step:
@@ -203,13 +239,21 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
         if any(path.name != RECORD for path in folder.iterdir() if not path.name.startswith(".")):
             raise refuse("run.dir", folder, "the folder holds files that are not a run's; an empty or new folder is needed")
         write_json(record_file, {})
-    mine = flat(settings_of(cfg, verb, free=False))
+    mine = settings_of(cfg, verb, free=False)
     for stage, entry in read_json(record_file).items():
-        theirs = flat(entry["settings"])
+        theirs = entry["settings"]
         for name in sorted(set(mine) & set(theirs)):
-            if mine[name] != theirs[name] and name.split(".")[0] not in FREE and name != "data.workers":
+            if mine[name] != theirs[name]:
                 raise refuse(name, mine[name], f"run.dir={folder} belongs to a run whose {stage} has {theirs[name]!r}; use that, or another run.dir")
-    write_text(folder / "config.yaml", to_yaml(cfg))
+    write_config(folder / "config.yaml", cfg, verb)
+
+
+def write_config(file: Path, cfg: Config, verb: str) -> None:
+    """config.yaml: the settings of this verb's groups as they are now, the others as an earlier verb of the run left them."""
+    if file.exists():
+        earlier = from_yaml(file.read_text(encoding="utf-8"))
+        cfg = dataclasses.replace(earlier, **{group: getattr(cfg, group) for group in VERBS[verb].groups})
+    write_text(file, to_yaml(cfg))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

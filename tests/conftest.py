@@ -1,9 +1,7 @@
 """What every test may ask for: a process group of one rank, real data where it is, a small corpus."""
 
-import ast
 import json
 import os
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,17 +43,16 @@ def stories(data_root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def docstrings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A jsonl file of English: what Python's own modules say of themselves, one document a module."""
-    path = tmp_path_factory.mktemp("text") / "docstrings.jsonl"
+def tales(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of text that the model of `stories` knows: 128 tales that it made up, about 25 thousand of its tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        told = model.generate(torch.full((128, 1), tokenizer.bos_token_id), do_sample=True, top_k=0, max_new_tokens=200)
+    path = tmp_path_factory.mktemp("text") / "tales.jsonl"
     with open(path, "w", encoding="utf-8") as handle:
-        for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
-            nodes = [
-                node
-                for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
-                if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
-            ]
-            text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-            if text:
-                handle.write(json.dumps({"text": text}) + "\n")
+        handle.writelines(json.dumps({"text": tokenizer.decode(tokens, skip_special_tokens=True)}) + "\n" for tokens in told)
     return path

@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "loss and perplexity of the teacher, the pruned model and the student",
         ("run", "model", "data", "teacher", "train", "eval", "parallel", *COMMON),
-        ("run.dir", "model.path", "data.train | data.valid | eval.texts"),
+        ("run.dir", "model.path", "data.train | data.valid"),
     ),
     "export": Verb(
         "write the student as a Hugging Face folder that transformers and vLLM load as it is",

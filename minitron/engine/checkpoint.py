@@ -28,20 +28,21 @@ if TYPE_CHECKING:
 
 # "self_attention.linear_qkv.layer_norm_weight" -> "input_layernorm.weight": stacked layers share one name in a checkpoint
 PLAIN_NAMES = {row.fused.split("{layer}.")[1]: row.name.split("{layer}.")[1] for row in PARAMETERS if row.fused}
+PADDED = tuple(row.name.split("{layer}.")[-1] for row in PARAMETERS if row.tp_dim is not None and row.dims[row.tp_dim].axis in ("groups", "vocab"))
 OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def model_state(model: Model, world: World) -> dict[str, Any]:
     """The model's tensors as Megatron shards them, under names that depend on neither layout nor spec.
 
-    Where dead KV groups pad a layout, the shapes of two layouts differ at the end. Transformer Engine fuses each norm into
+    Where dead KV groups or vocabulary rows pad a layout, the shapes of two layouts differ at the end. Transformer Engine fuses each norm into
     the matrix behind it and adds states of its own, empty unless fp8 is used.
     """
     state = {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
     def neutral(entry: Any) -> Any:
         if isinstance(entry, ShardedTensor):
-            entry.allow_shape_mismatch = True
+            entry.allow_shape_mismatch = entry.key.endswith(PADDED)
             for fused, plain in PLAIN_NAMES.items():
                 entry.key = entry.key.replace(fused, plain)
         return entry

@@ -62,8 +62,8 @@ class Model(GPTModel):
         return self.embedding.word_embeddings.weight
 
 
-def transformer_config(arch: Arch, world: World, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's own settings for this architecture and layout."""
+def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str) -> TransformerConfig:
+    """Megatron's own settings for this architecture, layout and spec."""
     whole = padded(arch, world.tp)
     config = TransformerConfig(
         num_layers=whole.num_layers,
@@ -88,7 +88,9 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype) -> Transfor
         attention_dropout=0.0,
         # a loss is the sum over its tokens, divided once by the count of the whole global batch
         calculate_per_token_loss=True,
-        use_cpu_initialization=True,
+        # a skeleton: Transformer Engine has its own way to leave parameters without memory
+        use_cpu_initialization=spec == "torch",
+        init_model_with_meta_device=spec != "torch",
         perform_initialization=False,
         # each of these needs apex or Transformer Engine, or forks a CUDA random state
         bias_activation_fusion=False,
@@ -173,7 +175,7 @@ def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") 
     """This rank's shard of the model without memory: every parameter lies on the meta device until it is put in place."""
     if arch.num_layers % world.pp:
         raise refuse("parallel.pp", world.pp, f"must divide the number of layers, {arch.num_layers}")
-    config = transformer_config(arch, world, dtype)
+    config = transformer_config(arch, world, dtype, spec)
     with torch.device("meta"):
         model = Model(
             config,
@@ -222,4 +224,6 @@ def put(model: Model, name: str, row: Parameter, tensor: torch.Tensor) -> None:
         new.__dict__.pop(mark, None)
     if row.tp_dim is not None:
         set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0] == GATE_UP else 1)
+    else:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is summed over them
+        new.sequence_parallel = model.config.sequence_parallel
     setattr(owner, attribute, new)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron.config.schema import Train
@@ -97,7 +98,7 @@ class Trainer:
     def update(self, microbatches_BS: list[Tensor], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
         """One optimizer step. Returns the loss parts per token, the gradient norm and the learning rate used.
 
-        A step whose loss is not finite changes nothing: `skipped` is 1.
+        A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
         """
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -105,11 +106,31 @@ class Trainer:
         logs = forward_backward(self.wrapped, [tokens[:, :-1] for tokens in microbatches_BS], self.world, loss)
         parts = global_means(logs, self.world)
         lr = self.optimizer.param_groups[0]["lr"]
-        if not all(math.isfinite(value) for value in parts.values()):
-            # every rank sees the same sums, so every rank skips; a bf16 optimizer would not notice by itself
-            return {**parts, "grad_norm": math.nan, "lr": lr, "skipped": 1}
-        _, grad_norm, _ = self.optimizer.step()
-        return {**parts, "grad_norm": float(grad_norm), "lr": lr, "skipped": 0}
+        # every rank sees the same sums and the same norm, so every rank skips; a bf16 optimizer would not notice by itself
+        grad_norm = self._grad_norm() if all(math.isfinite(value) for value in parts.values()) else math.nan
+        if math.isfinite(grad_norm):
+            self._step(grad_norm)
+        return {**parts, "grad_norm": grad_norm, "lr": lr, "skipped": int(not math.isfinite(grad_norm))}
+
+    @torch.no_grad()
+    def _grad_norm(self) -> float:
+        """L2 norm of the whole model's gradient, before clipping."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def _step(self, grad_norm: float) -> None:
+        """Clip and update, from gradients that are ready. Megatron's own `step` does the same without asking whether they are finite."""
+        if self.settings.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.settings.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def close(self) -> None:
+        """Let go of gradients and optimizer state: Megatron ties them to the model in cycles that outlive it."""
+        self.wrapped.grad_accs.clear()
+        config = self.model.config
+        config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
 
 
 def use_fused_adam(optimizer: Any) -> None:
@@ -162,7 +183,8 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         if world.is_main:
             task.report(metrics)
         stopping = stop_requested()
-        if trainer.step % settings.save_interval == 0 or trainer.step == settings.steps or stopping:
+        due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
+        if due or trainer.step == settings.steps or stopping:
             checkpoints.save(trainer)
         if stopping and trainer.step < settings.steps:
             checkpoints.stop(trainer)

@@ -26,15 +26,13 @@ STAGES: tuple[tuple[str, Callable[[Session], object], str], ...] = (
 def run(cfg: Config) -> None:
     """Open the run, do its stages in order, report."""
     with session(cfg, "compress") as opened:
-        redo = False
         for number, (verb, work, artifact) in enumerate(STAGES, start=1):
-            # a stage whose input was made anew is out of date whatever its own record says
-            done = opened.is_done(verb, artifact) and not redo
+            # a stage that begins anew marks those after it as out of date
+            done = opened.is_done(verb, artifact)
             if opened.world.is_main:
                 stage_banner(number, len(STAGES) + 1, verb, "done before" if done else "")
             if not done:
                 work(opened)
-                redo = verb != "evaluate"
         engine.on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
 
 

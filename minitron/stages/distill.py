@@ -16,7 +16,7 @@ from minitron.reporting.tracking import Tracker
 from minitron.session import Session, session, stop_on_signal
 
 if TYPE_CHECKING:
-    from minitron.data.corpus import TrainingSamples
+    from minitron.data.corpus import TrainingSamples, Windows
 
 
 def run(cfg: Config) -> None:
@@ -35,6 +35,8 @@ def work(opened: Session) -> None:
             f"teacher.path={cfg.teacher.path}: vocabulary of {opened.teacher_source.arch.vocab_size}, the student's is {student.arch.vocab_size}"
         )
     loss = distillation_loss(student, opened.teacher, cfg.distill, world)
+    held_out(opened)  # too little held-out text is refused before the training, not at the first validation
+    opened.check_descent()
     trainer = engine.Trainer(student, cfg.train, world)
     opened.checkpoints.resume(trainer)
     from minitron.data.corpus import TrainingSamples
@@ -47,6 +49,7 @@ def work(opened: Session) -> None:
             microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, student), report=report
         )
         engine.fit(trainer, task, opened.checkpoints, stop_requested)
+    trainer.close()
     opened.mark("distill", done=True)
 
 
@@ -60,13 +63,20 @@ def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, ste
     return [next(stream) for _ in range(count)]
 
 
-def validate(opened: Session, student: Any) -> dict[str, float]:
-    """The student's language-model loss on held-out text."""
-    cfg, world = opened.cfg, opened.world
-    from minitron.data.corpus import Windows, eval_batches
+def held_out(opened: Session) -> Windows:
+    """The windows of data.valid that a validation reads."""
+    from minitron.data.corpus import Windows
 
-    windows = Windows(opened.data.blend("valid"), cfg.train.seq_length, limit_tokens=cfg.train.eval_tokens, setting="train.eval_tokens")
-    stream = eval_batches(windows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    train = opened.cfg.train
+    return Windows(opened.data.blend("valid"), train.seq_length, limit_tokens=train.eval_tokens, setting="train.eval_tokens")
+
+
+def validate(opened: Session, student: engine.Model) -> dict[str, float]:
+    """The student's language-model loss on held-out text."""
+    from minitron.data.corpus import eval_batches
+
+    world = opened.world
+    stream = eval_batches(held_out(opened), micro_batch_size=opened.cfg.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
     return {"valid_loss": engine.language_model_score(student, stream, world).loss}
 
 

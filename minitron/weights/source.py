@@ -27,12 +27,16 @@ class Source:
     files: dict[str, Path]
 
     def fingerprint(self) -> str:
-        """Hash of config.json and of every weight file's name, size and header (names, shapes, types, offsets)."""
+        """Hash of config.json and, of every weight file, its name, size, header and 64 blocks of its data, spread evenly."""
         parts = [sha256(self.folder / "config.json")]
         for file in sorted(set(self.files.values())):
+            size = file.stat().st_size
             with open(file, "rb") as handle:
-                header = handle.read(8 + int.from_bytes(handle.read(8), "little"))
-            parts.append(f"{file.name}:{file.stat().st_size}:{hash_bytes(header)}")
+                read = [handle.read(8 + int.from_bytes(handle.read(8), "little"))]
+                for block in range(64):
+                    handle.seek(size * block // 64)
+                    read.append(handle.read(4096))
+            parts.append(f"{file.name}:{size}:{hash_bytes(b''.join(read))}")
         return hash_bytes("|".join(parts).encode())
 
 
@@ -67,7 +71,7 @@ def fetch(path: str, setting: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "LICENSE*"]))
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise refuse(setting, path, f"not a local folder, and the hub did not give it: {reason}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.arch.arch import Arch
@@ -60,7 +61,9 @@ def test_what_the_artifacts_say_fits_together(finished, stories):
     assert {name: entry["params"] for name, entry in found.items()} == {
         "teacher": architectures["original"].num_parameters(), "pruned": pruned.num_parameters(), "student": pruned.num_parameters(),
     }  # fmt: skip
-    assert found["teacher"]["loss"] < found["student"]["loss"] < found["pruned"]["loss"]
+    assert found["teacher"]["loss"] < 2  # it knows its own tales
+    assert found["pruned"]["loss"] > found["teacher"]["loss"] + 1
+    assert found["student"]["loss"] < found["pruned"]["loss"] - 0.5
 
     steps = lines(finished)
     assert [line["step"] for line in steps] == list(range(1, 17))
@@ -73,7 +76,7 @@ def test_the_kept_units_are_those_of_the_highest_scores_and_the_weights_theirs(f
     """keep.safetensors against importance.safetensors, and the pruned model (exported anew) against plain indexing of the original."""
     from minitron.pruning.keep import Keep
 
-    scores = {name: tensor.tolist() for name, tensor in saved_tensors_of(finished / "importance.safetensors").items()}
+    scores = {name: tensor.tolist() for name, tensor in load_file(finished / "importance.safetensors").items()}
     keep = Keep.load(finished / "keep.safetensors")
     assert keep.hidden.tolist() == best(scores["hidden"], 48)
     assert all(keep.ffn[layer].tolist() == best(scores[f"ffn.{layer}"], 128) for layer in range(5))
@@ -82,12 +85,6 @@ def test_the_kept_units_are_those_of_the_highest_scores_and_the_weights_theirs(f
     done = minitron(copy.with_name("log"), "export", f"run.dir={copy}", f"model.path={stories}", "device=cpu", "dtype=fp32")
     assert (done.code, done.err) == (0, "")
     assert same_tensors(saved_tensors(copy / "hf"), sliced(saved_tensors(stories), 8, keep))
-
-
-def saved_tensors_of(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_the_exported_student_gives_the_loss_that_was_evaluated(finished):
@@ -114,7 +111,6 @@ def test_the_same_command_again_does_nothing_again(finished, settings, tmp_path)
 
 def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
     run = tmp_path / "run"
-    data = [value for value in settings if value.startswith(("model", "data", "device", "dtype"))]
     needed = {
         "data": ("model", "data"),
         "calibrate": ("model", "data", "calibrate", "logging", "device", "dtype"),
@@ -123,7 +119,6 @@ def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
         "evaluate": ("model", "data", "train", "eval", "device", "dtype"),
         "export": ("model", "device", "dtype"),
     }
-    assert data
     for verb, groups in needed.items():
         done = minitron(tmp_path / "log", verb, f"run.dir={run}", *[value for value in settings if value.startswith(groups)])
         assert (done.code, done.err) == (0, ""), (verb, done)

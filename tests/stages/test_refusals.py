@@ -1,0 +1,219 @@
+"""Requests that cannot be met: one line on stderr, exit 2, and nothing half-written."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.oracles.models import save_model, saved_tensors
+from tests.stages.commands import minitron
+
+FINISHED = ("importance.safetensors", "keep.safetensors", "arch.json", "pruned", "checkpoints", "eval.json", "hf", "report.html")
+
+
+@pytest.fixture
+def refused(settings, tmp_path):
+    """`refused(SETTINGS, verb=, run=, prepare=)`: the one line that a command with these settings besides the usual ones is refused with."""
+
+    def run_it(*changes, verb="compress", run=tmp_path / "run", prepare=None):
+        changed = {change.split("=")[0].lstrip("+") for change in changes}
+        usual = [value for value in settings if value.split("=")[0] not in changed]
+        done = minitron(tmp_path / "log", verb, f"run.dir={run}", *usual, *changes, prepare=prepare)
+        assert done.code == 2, done
+        assert done.err.startswith("minitron: ")
+        assert done.err.count("\n") == 1, done.err
+        assert "Traceback" not in done.out
+        if run.is_dir():
+            assert [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp")) or path.stat().st_size == 0 < path.is_file()] == []
+        return done.err.removeprefix("minitron: ").rstrip("\n")
+
+    return run_it
+
+
+@pytest.fixture
+def copy(stories, tmp_path):
+    """A copy of the model, to be spoiled."""
+    shutil.copytree(stories, tmp_path / "model", copy_function=shutil.copyfile)
+    (tmp_path / "model").chmod(0o755)
+    return tmp_path / "model"
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def of_unknown_kind(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (truncated, "model.safetensors is missing, truncated or not safetensors"),
+        (without_weights, "no model.safetensors and no model.safetensors.index.json"),
+        (of_unknown_kind, "model_type 'rwkv' is not supported; supported: llama, mistral"),
+        (without_tokenizer, "tokenizer"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_models_that_cannot_be_read(refused, copy, tmp_path, spoil, said):
+    spoil(copy)
+    line = refused(f"model.path={copy}")
+    assert said in line
+    assert str(copy) in line
+    assert not any((tmp_path / "run" / name).exists() for name in FINISHED)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("target.hidden_size=65", "target.hidden_size=65: the model has 64: pruning can only make it smaller"),
+        ("target.num_layers=6", "target.num_layers=6: the model has 5"),
+        ("target.num_attention_heads=6", "target.num_attention_heads=6: every KV group keeps the same number of heads: a multiple of 4 is needed"),
+        ("target.ffn_hidden_size=0", "target.ffn_hidden_size=0: more than 0 is needed"),
+        ("target.num_moe_experts=2", "target.num_moe_experts=2: this model has no experts; null is needed"),
+        ("train.global_batch_size=6", "train.global_batch_size=6: a multiple of train.micro_batch_size=4 is needed"),
+        ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
+        ("data.train=/no/such/text.jsonl", "data.train=/no/such/text.jsonl: "),
+        ("parallel.tp=2", "parallel.tp=2: tp x pp = 2 must divide the number of processes, 1"),
+        ("parallel.sp=true", "parallel.sp=True: sequence parallelism needs parallel.tp of at least 2"),
+        ("teacher.parallel.tp=2", "teacher.parallel.tp=2: only null or parallel.tp=1 is supported"),
+        ("device=cuda", "device=cuda: no GPU is visible to torch; use auto or cpu"),
+    ],
+)
+def test_settings_that_no_run_can_have(refused, tmp_path, change, said):
+    if change == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert refused(change).startswith(said)
+    assert not any((tmp_path / "run" / name).exists() for name in (*FINISHED, "data"))
+
+
+def test_more_text_than_there_is(refused, tmp_path):
+    assert "calibrate.samples=100000" in refused("calibrate.samples=100000")
+    assert not (tmp_path / "run" / "importance.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "data.train={text}: "),
+        ("empty.jsonl", b"", "data.train={text}: "),
+        ("binary.txt", b"\x00\xff\xfe\x80" * 1000, "data.train={text}: "),
+        ("binary.jsonl", b"\x00\xff\xfe\x80" * 1000, "data.train={text}: "),
+        ("number.jsonl", b'{"text": 3}\n', "data.train={text}: "),
+        ("pages.jsonl", b'{"page": "words"}\n', "data.text_key=text: line 1 of {text} has no such field; it has page"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value[-6:] else "",
+)
+def test_texts_that_are_none(refused, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert refused(f"data.train={tmp_path / name}").startswith(said.format(text=tmp_path / name))
+    assert not list((tmp_path / "run").rglob("*.bin"))
+
+
+def test_a_refused_request_does_not_stand_in_the_way_of_the_right_one(refused, settings, tmp_path):
+    refused("target.hidden_size=65")
+    refused("calibrate.samples=100000", "train.lr=1")
+    needed = [value for value in settings if value.startswith(("model", "data"))]
+    done = minitron(tmp_path / "log", "data", f"run.dir={tmp_path / 'run'}", *needed)
+    assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("target.hidden_size=56", "target.hidden_size=56: run.dir={run} belongs to a run whose .* has 48"),
+        ("calibrate.batch_agg=mean", "calibrate.batch_agg=mean: run.dir={run} belongs to a run whose calibrate has 'l2'"),
+        ("train.lr=1", "train.lr=1.0: run.dir={run} belongs to a run whose distill has 0.002"),
+        ("seed=7", "seed=7: run.dir={run} belongs to a run whose .* has 1234"),
+        ("dtype=bf16", "dtype=bf16: run.dir={run} belongs to a run whose .* has 'fp32'"),
+    ],
+)
+def test_the_folder_of_another_run(refused, finished, change, said):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert re.match(said.format(run=re.escape(str(finished))), refused(change, run=finished))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_s(refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("It was a dark and stormy night.")
+    assert "the folder holds files that are not a run's" in refused(run=tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
+
+
+def test_a_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(run=tmp_path / "file" / "run").startswith(f"cannot use run.dir {tmp_path}/file/run: Not a directory")
+
+
+def small_files():
+    """Files of more than 32 KiB can't be written: what a quota does, and a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, 32 << 10))
+
+
+@pytest.mark.parametrize(("stage", "artifact"), [("data", "data"), ("prune", "pruned"), ("distill", "checkpoints"), ("export", "hf")])
+def test_each_stage_meets_files_that_cannot_grow(refused, finished, tmp_path, stage, artifact):
+    """What a stage made is taken out of a finished run, to be made again with no room for large files."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / artifact)
+    record = json.loads((run / "stages.json").read_text())
+    record[stage]["done"] = False
+    (run / "stages.json").write_text(json.dumps(record))
+    assert "cannot write" in refused(prepare=small_files)
+    assert not list((run / artifact).rglob("*.safetensors"))
+
+
+@pytest.fixture
+def one_megabyte(tmp_path):
+    """A file system that is soon full."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(refused, one_megabyte, settings, tmp_path):
+    line = refused(run=one_megabyte / "run")
+    assert "No space left on device" in line
+    assert str(one_megabyte / "run") in line
+
+
+def test_scores_of_another_model(refused, finished, copy, tmp_path):
+    """The weights change under a run: its scores are of the model as it was."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = saved_tensors(copy)
+    save_file({name: tensor if "embed" in name else tensor * 1.01 for name, tensor in before.items()}, copy / "model.safetensors", {"format": "pt"})
+    record = json.loads((run / "stages.json").read_text())
+    record["prune"]["done"] = False
+    for entry in record.values():
+        entry["settings"]["model"]["path"] = str(copy)
+    (run / "stages.json").write_text(json.dumps(record))
+    assert "importance.safetensors was measured on another model" in refused(f"model.path={copy}")
+
+
+def test_a_teacher_with_another_vocabulary(refused, tmp_path):
+    teacher = save_model(tmp_path / "teacher", vocab_size=300)
+    line = refused(f"teacher.path={teacher}")
+    assert line == f"teacher.path={teacher}: vocabulary of 300, the student's is 512"
