@@ -18,13 +18,15 @@ class Counts:
 
 def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
     """Costs of one forward pass of `arch` per token, at sequences of `seq_length` tokens."""
-    embedding = sum(dim_size(row.dims[0], arch) * dim_size(row.dims[1], arch) for row, _ in parameters(arch) if row.dims[0] == VOCAB)
-    total = count_parameters(arch)
+    matrix_sizes = [
+        (row.dims[0] == VOCAB, dim_size(row.dims[0], arch) * dim_size(row.dims[1], arch)) for row, _ in parameters(arch) if len(row.dims) == 2
+    ]
+    embedding = sum(size for is_vocab, size in matrix_sizes if is_vocab)
     # every matrix is one multiply-add per element and token; the embedding is a lookup, the head (tied or not) a product
-    matrices = total - embedding + arch.vocab_size * arch.hidden_size
+    matrices = sum(size for is_vocab, size in matrix_sizes if not is_vocab) + arch.vocab_size * arch.hidden_size
     attention = arch.num_layers * 2 * seq_length * arch.num_attention_heads * arch.kv_channels
     return Counts(
-        parameters=total,
+        parameters=count_parameters(arch),
         embedding_parameters=embedding,
         flops_per_token=2 * (matrices + attention),
         kv_cache_bytes_per_token=2 * arch.num_layers * arch.num_query_groups * arch.kv_channels * bytes_per_element,

@@ -72,7 +72,7 @@ def from_hf(config: dict[str, Any], where: str) -> Arch:
     Raises RequestError, one line that starts with `where`, for an unknown family or a setting that can't be expressed.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise RequestError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[model_type]
     config = {**family.defaults, **config}

@@ -225,5 +225,5 @@ def put(model: Model, name: str, row: Parameter, tensor: torch.Tensor) -> None:
     if row.tp_dim is not None:
         set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0] == GATE_UP else 1)
     else:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is summed over them
-        new.sequence_parallel = model.config.sequence_parallel
+        new.__dict__["sequence_parallel"] = model.config.sequence_parallel
     setattr(owner, attribute, new)
