@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS
@@ -77,8 +78,8 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
     failure = None
     try:
         dist_checkpointing.save(state, str(temporary))
-    except Exception as error:  # Megatron wraps what its writer processes met
-        failure = f"cannot write {folder}: {error}"
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writer processes met
+        failure = f"cannot write {folder}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
     try:
         refuse_together(failure, world)
     except RequestError:

@@ -42,7 +42,7 @@ def unbroken_and_resumed(world, folder, out, dtype):
 @pytest.mark.multirank
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [(Layout(), torch.float32), (Layout(), torch.bfloat16), (Layout(tp=2, sp=True), torch.float32), (Layout(pp=2, dp=2), torch.bfloat16)],
+    [(Layout(), torch.float32), (Layout(), torch.bfloat16), (Layout(tp=2, sp=True), torch.float32), (Layout(dp=2), torch.bfloat16)],
     ids=str,
 )
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(layout, dtype, folder, tmp_path):

@@ -109,6 +109,27 @@ def test_the_same_command_again_does_nothing_again(finished, settings, tmp_path)
     assert snapshot(finished) == before
 
 
+def test_other_evaluations_evaluate_again_and_nothing_else(finished, settings, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = snapshot(run)
+    done = minitron(tmp_path / "log", "compress", f"run.dir={run}", *settings, "eval.tokens=1024")
+    assert (done.code, done.err) == (0, "")
+    assert {name for name, written in snapshot(run).items() if written != before[name]} == {"eval.json", "stages.json"}
+    assert results(run)["student"]["tokens"] == 1024
+
+
+def test_a_stage_that_is_done_anew_puts_those_after_it_out_of_date(finished, settings, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    done = minitron(tmp_path / "log", "calibrate", f"run.dir={run}", *settings)
+    assert (done.code, done.err) == (0, "")
+    record = json.loads((run / "stages.json").read_text())
+    assert [name for name, entry in record.items() if entry["done"]] == ["data", "calibrate"]
+    before = (run / "keep.safetensors").stat().st_mtime_ns
+    assert minitron(tmp_path / "log", "compress", f"run.dir={run}", *settings).code == 0
+    assert (run / "keep.safetensors").stat().st_mtime_ns > before
+    assert (results(run), lines(run)) == (results(finished), lines(finished))
+
+
 def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
     run = tmp_path / "run"
     needed = {

@@ -199,18 +199,20 @@ def test_a_full_disk(refused, one_megabyte, settings, tmp_path):
     assert str(one_megabyte / "run") in line
 
 
-def test_scores_of_another_model(refused, finished, copy, tmp_path):
-    """The weights change under a run: its scores are of the model as it was."""
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    before = saved_tensors(copy)
-    save_file({name: tensor if "embed" in name else tensor * 1.01 for name, tensor in before.items()}, copy / "model.safetensors", {"format": "pt"})
-    record = json.loads((run / "stages.json").read_text())
-    record["prune"]["done"] = False
-    for entry in record.values():
-        entry["settings"]["model"]["path"] = str(copy)
-    (run / "stages.json").write_text(json.dumps(record))
-    assert "importance.safetensors was measured on another model" in refused(f"model.path={copy}")
+def test_weights_that_change_under_a_run(refused, settings, copy, tmp_path):
+    """Scores and checkpoints are of the model as it was: neither is taken for one of what lies in its place now."""
+    model, short = f"model.path={copy}", ["train.steps=2", "train.warmup_steps=1"]
+    changed = [value for value in settings if not value.startswith(("model.path", "train.steps", "train.warmup"))]
+    done = minitron(tmp_path / "log", "compress", f"run.dir={tmp_path / 'run'}", *changed, model, *short)
+    assert (done.code, done.err) == (0, "")
+    tensors = saved_tensors(copy)
+    noise = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "embed" not in name:
+            tensor += 0.2 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert "importance.safetensors was measured on another model" in refused(model, *short, verb="prune")
+    assert "its checkpoints were trained from another pruned model" in refused(model, *short)
 
 
 def test_a_teacher_with_another_vocabulary(refused, tmp_path):
