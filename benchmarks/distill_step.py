@@ -53,23 +53,26 @@ def minitron_step(opened: Session, student_folder: Path) -> Step:
     export(student, world, opened.source.config, opened.source.folder, student_folder, opened.dtype)
     trainer = engine.Trainer(student, cfg.train, world)
     loss = distillation_loss(student, opened.teacher, cfg.distill, world)
-    optimize, seconds = trainer.optimizer.step, {}
+    watch, seconds = Watch(), dict[str, float]()
+    prepare, finish = trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads
 
-    def timed() -> Any:
-        watch = Watch()
-        result = optimize()
+    def prepare_grads() -> Any:
+        seconds["student"] = watch.lap()
+        return prepare()
+
+    def step_with_ready_grads() -> Any:
+        result = finish()
         seconds["optimizer"] = watch.lap()
         return result
 
-    trainer.optimizer.step = timed
+    trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads = prepare_grads, step_with_ready_grads
 
     def step(tokens_BS: torch.Tensor) -> tuple[float, dict[str, float]]:
         batches = list(tokens_BS.split(cfg.train.micro_batch_size))
-        watch = Watch()
+        watch.lap()
         student_loss = loss(batches)
         seconds["teacher"] = watch.lap()
         line = trainer.update(batches, student_loss)
-        seconds["student"] = watch.lap() - seconds["optimizer"]
         return line["loss"], dict(seconds)
 
     return step

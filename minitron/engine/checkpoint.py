@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -99,14 +98,8 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def save_model(model: Model, folder: Path, world: World) -> None:
     """Write a model without optimizer state: its shards, arch.json, and how pruning left the order of units."""
-    orders: list[dict[str, Any]] = [{}] * world.pp
-    mine = {name: order.tolist() for name, order in model.unit_order.items()}
-    if world.pp > 1:
-        dist.all_gather_object(orders, mine, group=world.groups.pp)
-    else:
-        orders = [mine]
-    merged = {name: order for part in orders for name, order in part.items()}
-    texts = {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(merged) + "\n"}
+    order = {name: units.tolist() for name, units in model.unit_order.items()}
+    texts = {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(order) + "\n"}
     save_sharded({"model": model_state(model, world)}, folder, world, texts)
 
 

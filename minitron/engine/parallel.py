@@ -9,7 +9,7 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -207,13 +207,13 @@ def gather_shards(shard: torch.Tensor, world: World) -> torch.Tensor:
     return torch.cat(shards)
 
 
-def merge_over_stages(mine: dict[str, torch.Tensor], world: World, add: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """The union of every pipeline stage's named CPU tensors, on every rank; those named in `add` are summed over stages."""
+def merge_over_stages(mine: dict[str, Any], world: World, add: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The union of every pipeline stage's named values (CPU tensors, arrays), on every rank; those named in `add` are summed over stages."""
     if world.pp == 1:
         return mine
-    parts: list[dict[str, torch.Tensor] | None] = [None] * world.pp
+    parts: list[dict[str, Any] | None] = [None] * world.pp
     dist.all_gather_object(parts, mine, group=world.groups.pp)
-    merged: dict[str, torch.Tensor] = {}
+    merged: dict[str, Any] = {}
     for part in parts:
         for name, tensor in (part or {}).items():
             merged[name] = merged[name] + tensor if name in merged and name in add else tensor

@@ -27,12 +27,13 @@ def _variance(sums_KU: Tensor, count: float) -> Tensor:
 AGGREGATIONS = {
     "mean": Aggregation(lambda x: (x.abs(),), lambda sums, count: sums[0] / count),
     "l2": Aggregation(lambda x: (x * x,), lambda sums, count: sums[0].sqrt()),
-    "var": Aggregation(lambda x: (x, x * x), _variance),
+    # in fp64: where the mean outweighs the spread, as in outlier channels, a difference of fp32 squares would be mostly rounding
+    "var": Aggregation(lambda x: (x.double(), x.double().square()), _variance),
 }
 
 
 def sequence_sums(values_SBU: Tensor, name: str) -> Tensor:
-    """Sums [K, B, U] over the tokens at hand, in fp32 whatever the values' type."""
+    """Sums [K, B, U] over the tokens at hand, in fp32 (the variance's in fp64) whatever the values' type."""
     return torch.stack([term.sum(dim=0) for term in AGGREGATIONS[name].terms(values_SBU.float())])
 
 

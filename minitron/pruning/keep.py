@@ -70,6 +70,9 @@ def top(scores: torch.Tensor, count: int) -> Indices:
 def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch) -> Keep:
     """The units that stay (arXiv 2407.14679, section 2.3): hidden channels over the whole model, neurons and groups per layer,
     query heads inside each kept group, layers by Block Importance."""
+    for name, values in scores.items():
+        if not values.isfinite().all():
+            raise RequestError(f"importance scores {name}: some are not finite; calibrate with dtype=fp32, or look at the model and the text")
     layers = top(scores["layers.bi"], target.num_layers)
     ffn, groups, heads = {}, {}, {}
     for layer in map(int, layers):

@@ -39,6 +39,8 @@ def reslice(model: engine.Model, keep: Keep, target: Arch, world: engine.World, 
         engine.put(pruned, name, row, cut(release(model, old_name), row, old_layer, keep, original, plans, world))
         if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
             pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
+    # rank 0 writes the layers of every stage, so it knows the order of all
+    pruned.unit_order = engine.merge_over_stages(pruned.unit_order, world)
     check(pruned, world)
     return pruned
 

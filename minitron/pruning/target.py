@@ -24,12 +24,12 @@ def target_arch(arch: Arch, target: Target, parallel: Parallel) -> Arch:
         raise refuse("target.num_attention_heads", heads, f"every KV group keeps the same number of heads: a multiple of {groups} is needed")
     if heads // groups > arch.heads_per_group:
         raise refuse("target.num_attention_heads", heads, f"a KV group has {arch.heads_per_group} heads: at most {groups * arch.heads_per_group}")
-    if sizes["num_layers"] != arch.num_layers and parallel.pp > 1:
-        raise refuse("parallel.pp", parallel.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
     for name, divisor in (("ffn_hidden_size", "tp"), ("num_layers", "pp")):
         ranks = getattr(parallel, divisor)
         if sizes[name] % ranks:
             raise refuse(f"target.{name}", sizes[name], f"must be divisible by parallel.{divisor}={ranks}")
+    if sizes["num_layers"] != arch.num_layers and parallel.pp > 1:
+        raise refuse("parallel.pp", parallel.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
     pruned = arch.replace(**sizes)
     written_as(pruned)  # a shape that no class of transformers loads is refused before any work is done
     return pruned

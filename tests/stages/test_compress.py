@@ -114,7 +114,9 @@ def test_other_evaluations_evaluate_again_and_nothing_else(finished, settings, t
     before = snapshot(run)
     done = minitron(tmp_path / "log", "compress", f"run.dir={run}", *settings, "eval.tokens=1024")
     assert (done.code, done.err) == (0, "")
-    assert {name for name, written in snapshot(run).items() if written != before[name]} == {"eval.json", "stages.json"}
+    changed = {name for name, written in snapshot(run).items() if written != before[name]}
+    assert changed - {"data/manifest.json"} == {"eval.json", "stages.json"}
+    assert (run / "data" / "manifest.json").read_bytes() == (finished / "data" / "manifest.json").read_bytes()
     assert results(run)["student"]["tokens"] == 1024
 
 
