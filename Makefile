@@ -45,7 +45,7 @@ check: lint test  ## lint and the fast tests, the import directions among them
 
 bench: install  ## run every benchmark; tables on the console, JSON under runs/benchmarks
 	mkdir -p runs/benchmarks
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
+	set -e; for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from minitron.errors import RequestError
 
 
@@ -18,8 +20,9 @@ def os_errors_are_requests(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # libraries that write through C or Rust wrap ENOSPC in their own text: the errno is then absent
         raise RequestError(f"{what} {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # its writer wraps what the system said
+        raise RequestError(f"{what} {path}: {error}") from error
 
 
 def fsync_path(path: Path) -> None:

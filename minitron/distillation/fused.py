@@ -78,7 +78,8 @@ def _chunk(student_Cv: Tensor, teacher_Cv: Tensor, spare_Cv: Tensor, scale_C: Te
     """KL per token [C]. `student_Cv` becomes (p_s - p_t) * scale over this rank's vocabulary; the others are overwritten."""
     max_s_C, max_t_C = student_Cv.amax(dim=1), teacher_Cv.amax(dim=1)
     exp_t_Cv = torch.sub(teacher_Cv, max_t_C[:, None], out=spare_Cv).exp_()
-    cross_C = torch.einsum("cv,cv->c", exp_t_Cv, teacher_Cv.sub_(student_Cv))  # a dot product per row: no [C, v] product is made
+    # a sum by torch.sum, which adds pairwise: a dot product over a whole vocabulary in fp32 would be off by some 1e-5
+    cross_C = teacher_Cv.sub_(student_Cv).mul_(exp_t_Cv).sum(dim=1)
     exp_s_Cv = student_Cv.sub_(max_s_C[:, None]).exp_()
     mine = torch.stack([max_s_C, exp_s_Cv.sum(dim=1), max_t_C, exp_t_Cv.sum(dim=1), cross_C])
     max_s, sum_s, max_t, sum_t, cross = engine.all_ranks(mine, world).unbind(dim=1)  # each [ranks, C]

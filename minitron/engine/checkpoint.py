@@ -2,8 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import logging
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,10 +79,15 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
 
     on_main(world, begin)
     failure = None
+    log = logging.getLogger("megatron.core.dist_checkpointing")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what went wrong is said once, below
     try:
         dist_checkpointing.save(state, str(temporary))
     except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writer processes met
-        failure = f"cannot write {folder}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
+        failure = f"cannot write {folder}: {why_not_written(error, temporary)}"
+    finally:
+        log.setLevel(level)
     try:
         refuse_together(failure, world)
     except RequestError:
@@ -86,6 +95,13 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
             remove(temporary)
         raise
     on_main(world, finish)
+
+
+def why_not_written(error: BaseException, folder: Path) -> str:
+    """One line. torch's writer does not say what the system said, so a full disk is looked for."""
+    if shutil.disk_usage(folder.parent).free < 1 << 20:
+        return os.strerror(errno.ENOSPC)
+    return next(reversed(str(error).strip().splitlines()), repr(error))
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
