@@ -76,6 +76,9 @@ def started(function: Callable[..., Any], size: int, *args: Any) -> "Iterator[Ra
         ranks.end()
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # what gloo says of a rank that went away
+
+
 class Died(RuntimeError):
     """A rank ended without an answer."""
 
@@ -99,15 +102,32 @@ class Ranks:
 
     def results(self, timeout: float) -> list[Any]:
         """Wait for every rank's answer; raises what the first rank that failed raised, Died, or TimeoutError."""
+        try:
+            return self._results(timeout)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _results(self, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
+        lost: RuntimeError | None = None
         until = time.monotonic() + timeout
         while missing := {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}:
             ready = wait(list(missing), timeout=max(0.0, until - time.monotonic()))
-            if not ready:
-                self.kill()
+            if not ready and lost is None:
                 raise TimeoutError(f"no answer after {timeout} s from ranks {sorted(missing.values())}")
+            if not ready:
+                break
             for pipe in ready:
-                answers[missing[pipe]] = self._answer_of(missing[pipe])
+                try:
+                    answers[missing[pipe]] = self._answer_of(missing[pipe])
+                except RuntimeError as error:
+                    if not any(sign in str(error) for sign in LOST):
+                        raise
+                    # this rank only noticed that another is gone: that one's own answer says why, if it comes soon
+                    answers[missing[pipe]], lost, until = None, lost or error, min(until, time.monotonic() + 10)
+        if lost is not None:
+            raise lost
         return [answers[rank] for rank in range(len(self.pipes))]
 
     def _answer_of(self, rank: int) -> Any:
@@ -115,11 +135,9 @@ class Ranks:
             succeeded, value, trace = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             self.processes[rank].join()
-            self.kill()
             raise Died(f"rank {rank} ended with exit code {self.processes[rank].exitcode} and no answer") from None
         self.answered.add(rank)
         if not succeeded:
-            self.kill()
             raise value from RuntimeError(f"on rank {rank}\n{trace}")
         return value
 

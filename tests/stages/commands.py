@@ -22,6 +22,7 @@ class Done(NamedTuple):
 def _main(out: Path, prepare: Callable[[], None] | None, arguments: list[str]) -> int:
     from minitron.cli import main
 
+    out = out.with_name(out.name + os.environ.get("RANK", ""))
     for number, name in ((1, "out"), (2, "err")):
         handle = os.open(out.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
@@ -32,9 +33,9 @@ def _main(out: Path, prepare: Callable[[], None] | None, arguments: list[str]) -
 
 
 @contextlib.contextmanager
-def running(log: Path, *arguments: str, prepare: Callable[[], None] | None = None) -> Iterator[Ranks]:
-    """`minitron ARGUMENTS` in one process, its output in `log`.out and `log`.err, while the block runs."""
-    with started(_main, 1, log, prepare, list(map(str, arguments))) as ranks:
+def running(log: Path, *arguments: str, prepare: Callable[[], None] | None = None, size: int = 1) -> Iterator[Ranks]:
+    """`minitron ARGUMENTS` in `size` processes while the block runs, its output in LOG.out and LOG.err, or LOG0.out and so on of several."""
+    with started(_main, size, log, prepare, list(map(str, arguments))) as ranks:
         yield ranks
 
 

@@ -159,12 +159,13 @@ def begun(run, verb):
         return False
 
 
-def reached(run, step):
-    """Training has reported a step."""
-    try:
-        return len((run / "metrics.jsonl").read_text().splitlines()) >= step
-    except OSError:
-        return False
+def saved_step(run):
+    """The newest checkpoint."""
+    return max((int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")), default=0)
+
+
+def stopped_line(run, step):
+    return f"minitron: stopped at step {step}, saved in {run}/checkpoints/step_{step:08d}: the same command continues\n"
 
 
 def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_end(finished, settings, tmp_path):
@@ -176,20 +177,18 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_end(finished, sett
     assert not (run / "keep.safetensors").exists()
 
     with running(tmp_path / "log", *command) as ranks:
-        wait_until(lambda: reached(run, 6), ranks)
-    assert (run / "checkpoints" / "step_00000004").is_dir()
-    assert not (run / "checkpoints" / "step_00000016").exists()
+        wait_until(lambda: saved_step(run) > 0, ranks)
+    killed_after = saved_step(run)
+    assert 0 < killed_after < 16
     kept = (run / "keep.safetensors").stat().st_mtime_ns
 
     with running(tmp_path / "log", *command) as ranks:
-        wait_until(lambda: reached(run, 10), ranks)
+        wait_until(lambda: saved_step(run) > killed_after, ranks)
         os.kill(ranks.processes[0].pid, signal.SIGTERM)
         assert ranks.results(timeout=120) == [75]
     stopped_at = lines(run)[-1]["step"]
-    assert 10 <= stopped_at < 16
-    assert (tmp_path / "log.err").read_text() == (
-        f"minitron: stopped at step {stopped_at}, saved in {run}/checkpoints/step_{stopped_at:08d}: the same command continues\n"
-    )
+    assert killed_after < stopped_at < 16
+    assert (tmp_path / "log.err").read_text() == stopped_line(run, stopped_at)
 
     done = minitron(tmp_path / "log", *command)
     assert (done.code, done.err) == (0, "")
@@ -197,6 +196,20 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_end(finished, sett
     assert (results(run), lines(run)) == (results(finished), lines(finished))
     assert same_tensors(saved_tensors(run / "hf"), saved_tensors(finished / "hf"))
     assert partial(run) == []
+
+
+@pytest.mark.multirank
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(finished, settings, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    with running(tmp_path / "log", "compress", f"run.dir={run}", *settings, "parallel.tp=2", size=2) as ranks:
+        wait_until(lambda: saved_step(run) > 0, ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGTERM)
+        assert ranks.results(timeout=120) == [75, 75]
+    stopped_at = saved_step(run)
+    assert 0 < stopped_at < 16
+    assert lines(run)[-1]["step"] == stopped_at
+    assert (tmp_path / "log0.err").read_text() + (tmp_path / "log1.err").read_text() == stopped_line(run, stopped_at)
 
 
 @pytest.mark.multirank
