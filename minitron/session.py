@@ -20,7 +20,7 @@ from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.errors import RequestError, refuse
 from minitron.files import os_errors_are_requests, read_json, sha256, write_json, write_text
-from minitron.pruning.target import target_arch
+from minitron.pruning.target import check_layers_by, target_arch
 from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
@@ -207,7 +207,10 @@ def check(cfg: Config, verb: str) -> None:
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         arch = open_folder(Path(found), "model.path").arch
         if "target" in groups:
-            target_arch(arch, cfg.target, cfg.parallel)
+            pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
+            check_layers_by(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
+        if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
+            raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
     for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):
@@ -220,14 +223,27 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
-    if cfg.parallel.sp:
-        for name, length in (("calibrate", cfg.calibrate.seq_length), ("train", cfg.train.seq_length), ("eval", cfg.eval.seq_length)):
-            if name in groups and length is not None and length % cfg.parallel.tp:
-                raise refuse(f"{name}.seq_length", length, f"with parallel.sp it must be divisible by parallel.tp={cfg.parallel.tp}")
+    check_lengths(cfg, groups)
+
+
+def check_lengths(cfg: Config, groups: tuple[str, ...]) -> None:
+    """Sequences that divide by the ranks that share them, and steps that divide by the replicas."""
+    layout = cfg.parallel
+    ways = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
+    for name, length in (("calibrate", cfg.calibrate.seq_length), ("train", cfg.train.seq_length), ("eval", cfg.eval.seq_length)):
+        if name in groups and length is not None and length % ways:
+            allowed = (
+                f"must be divisible by {ways}: 2 x parallel.cp={layout.cp} where that is above 1, times parallel.tp={layout.tp} with parallel.sp"
+            )
+            raise refuse(f"{name}.seq_length", length, allowed)
     if "train" in groups:
-        per_step = cfg.train.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1")) // (cfg.parallel.tp * cfg.parallel.pp)
+        replicas = int(os.environ.get("WORLD_SIZE", "1")) // (layout.tp * layout.pp * layout.cp)
+        per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
         if per_step and cfg.train.global_batch_size % per_step:
-            raise refuse("train.global_batch_size", cfg.train.global_batch_size, f"must be divisible by micro_batch_size x replicas = {per_step}")
+            stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
+            raise refuse(
+                "train.global_batch_size", cfg.train.global_batch_size, f"must be divisible by micro_batch_size x replicas{stages} = {per_step}"
+            )
 
 
 def claim(folder: Path, cfg: Config, verb: str) -> None:

@@ -8,12 +8,22 @@ from minitron.errors import RequestError
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """The sizes of one block, in a model whose blocks differ."""
+
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """The shape of one decoder-only transformer.
 
     Sizes are numbers of units, not bytes. `kv_channels` is the width of one head (head_dim); it never changes under
     pruning (arXiv 2407.14679, section 2.3). `rope` holds the rotary settings in Hugging Face's own terms
-    (`rope_type`, `rope_theta`, ... ) as a JSON string, so that the class stays hashable.
+    (`rope_type`, `rope_theta`, ... ) as a JSON string, so that the class stays hashable. `layers` holds one entry per block
+    where blocks differ; the sizes above are then the largest of them.
     """
 
     family: str
@@ -30,6 +40,7 @@ class Arch:
     add_qkv_bias: bool = False
     add_bias_linear: bool = False
     rope: str = '{"rope_theta": 10000.0, "rope_type": "default"}'
+    layers: tuple[Layer, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -38,11 +49,19 @@ class Arch:
                 raise RequestError(f"{field.name}={value!r}: a positive whole number is needed")
         if self.num_attention_heads % self.num_query_groups:
             raise RequestError(f"num_attention_heads={self.num_attention_heads}: must be a multiple of num_query_groups={self.num_query_groups}")
+        if self.layers and len(self.layers) != self.num_layers:
+            raise RequestError(f"layers: sizes of {len(self.layers)} blocks, and num_layers={self.num_layers}")
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    def layer(self, number: int | None) -> "Arch":
+        """The uniform architecture that block `number` is a block of; this one itself outside the blocks (None) or where blocks are alike."""
+        if number is None or not self.layers:
+            return self
+        return dataclasses.replace(self, layers=(), **dataclasses.asdict(self.layers[number]))
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -70,6 +89,6 @@ class Arch:
         if unknown := sorted(set(values) - known):
             raise RequestError(f"arch: unknown sizes {', '.join(unknown)}")
         try:
-            return cls(**values)
+            return cls(**{**values, "layers": tuple(Layer(**sizes) for sizes in values.get("layers", ()))})
         except TypeError as error:
             raise RequestError(f"arch: {error}") from error

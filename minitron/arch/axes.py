@@ -155,4 +155,4 @@ def parameters(arch: Arch) -> Iterator[tuple[Parameter, int | None]]:
 
 def count_parameters(arch: Arch) -> int:
     """Exact number of parameters of the unsharded, unpadded model."""
-    return sum(int(np.prod([dim_size(dim, arch) for dim in row.dims])) for row, _ in parameters(arch))
+    return sum(int(np.prod([dim_size(dim, arch.layer(layer)) for dim in row.dims])) for row, layer in parameters(arch))

@@ -109,6 +109,8 @@ def written_as(arch: Arch) -> Family:
     Raises RequestError where none does.
     """
     family = FAMILIES[arch.family]
+    if arch.layers:
+        raise RequestError(f"sizes that differ between layers can't be written for transformers: no {arch.family} model has them")
     if not family.expresses(arch) and family.otherwise is not None:
         family = FAMILIES[family.otherwise]
     if not family.expresses(arch):

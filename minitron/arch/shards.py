@@ -1,10 +1,11 @@
-"""How an unsharded model is laid over tensor-parallel ranks: padding, shard shapes, and which units a rank holds.
+"""How an unsharded model is laid over ranks: layers over pipeline stages, units over tensor ranks with padding, shard shapes.
 
 Where the units of an axis do not divide by the ranks, *dead* units are appended: vocabulary rows, as usual, and whole KV
 groups of zeros. A dead group is exact, not an approximation: its values are zero, so it adds nothing to the output
 projection, and because its output weights are zero too, every gradient into it is zero and it stays dead under training.
 """
 
+import itertools
 import math
 
 from minitron.arch.arch import Arch
@@ -12,8 +13,27 @@ from minitron.arch.axes import Dim, Parameter, dim_size, num_units
 from minitron.errors import refuse
 
 
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """The layers of each pipeline stage, as even as they go; what does not divide goes to inner stages first, for the outer ones
+    hold the embedding and the head too.
+
+    Raises RequestError where a stage would have none.
+    """
+    if num_layers < stages:
+        raise refuse("parallel.pp", stages, f"pp x vpp stages need a layer each: at most the number of layers, {num_layers}")
+    extra = [*range(1, stages - 1), 0, stages - 1][: num_layers % stages]
+    counts = [num_layers // stages + (stage in extra) for stage in range(stages)]
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def stage_of(layer: int, num_layers: int, pp: int, vpp: int) -> int:
+    """The pipeline rank that holds a layer; virtual stages go round the ranks."""
+    return next(stage % pp for stage, layers in enumerate(stage_layers(num_layers, pp * vpp)) if layer in layers)
+
+
 def padded(arch: Arch, tp: int) -> Arch:
-    """`arch` with dead KV groups and vocabulary rows, so that both divide by `tp` ranks.
+    """`arch` (of one block's sizes) with dead KV groups and vocabulary rows, so that both divide by `tp` ranks.
 
     Raises RequestError where the MLP does not divide: a dead neuron would be exact too, but a size that suits no
     kernel is more likely a slip.

@@ -16,7 +16,14 @@ from minitron.errors import RequestError, refuse
 
 Group = TypeVar("Group")
 
-KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list of whole numbers",
+    type(None): "null",
+}
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for text, as it lacks the point
 
 
@@ -76,7 +83,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         value = float(value)
     if float in kinds and type(value) is str and NUMBER.fullmatch(value):
         value = float(value)
-    if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+    odd_list = type(value) is list and (not value or any(type(item) is not int for item in value))
+    if type(value) not in kinds or odd_list or (type(value) is float and not math.isfinite(value)):
         quote = f" (a number as text is written '{name}=\"{value}\"')" if str in kinds and type(value) in (int, float) else ""
         wanted = [KINDS[kind] for kind in kinds if not (kind is int and float in kinds)]
         raise refuse(name, shown(value), f"{' or '.join(wanted)} is needed{quote}")
@@ -84,9 +92,10 @@ def convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """The plain types a type hint admits: `int | None` -> (int, NoneType), `dict[str, str]` -> (dict,)."""
-    origin = typing.get_origin(hint)
-    return (dict,) if origin is dict else typing.get_args(hint) or (hint,)
+    """The plain types a type hint admits: `int | None` -> (int, NoneType), `dict[str, str]` -> (dict,), `list[int] | None` -> (list, NoneType)."""
+    if typing.get_origin(hint) is dict:
+        return (dict,)
+    return tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
 
 
 def unknown(name: str, value: Any) -> RequestError:

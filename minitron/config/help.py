@@ -10,7 +10,7 @@ from minitron.config.compose import choices, groups
 from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
 
-TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", dict: "NAME: text"}
+TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", list: "list of int", dict: "NAME: text"}
 UNBROKEN = "\N{NO-BREAK SPACE}"
 BOUNDS = {"least": ">=", "above": ">", "most": "<="}
 EXITS = [

@@ -28,14 +28,15 @@ def check(group: Any, prefix: str) -> None:
         if value is None or not rule:
             continue
         name = f"{prefix}{field.name}"
-        if rule["allowed"] is not None and value not in rule["allowed"]:
-            raise refuse(name, value, f"one of {', '.join(map(str, rule['allowed']))} is needed")
-        if rule["least"] is not None and value < rule["least"]:
-            raise refuse(name, value, f"at least {rule['least']} is needed")
-        if rule["above"] is not None and value <= rule["above"]:
-            raise refuse(name, value, f"more than {rule['above']} is needed")
-        if rule["most"] is not None and value > rule["most"]:
-            raise refuse(name, value, f"at most {rule['most']} is allowed")
+        for one in value if isinstance(value, list) else [value]:
+            if rule["allowed"] is not None and one not in rule["allowed"]:
+                raise refuse(name, value, f"one of {', '.join(map(str, rule['allowed']))} is needed")
+            if rule["least"] is not None and one < rule["least"]:
+                raise refuse(name, value, f"at least {rule['least']} is needed")
+            if rule["above"] is not None and one <= rule["above"]:
+                raise refuse(name, value, f"more than {rule['above']} is needed")
+            if rule["most"] is not None and one > rule["most"]:
+                raise refuse(name, value, f"at most {rule['most']} is allowed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +54,24 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Sizes of the compressed model: a size (whole number), a kept fraction (between 0 and 1), or null to leave the axis alone."""
+    """Sizes of the compressed model: a size (whole number), a kept fraction (between 0 and 1), or null to leave the axis alone.
+
+    Sizes of a layer may also be a list, one size per kept layer; such a model can be distilled and evaluated, but transformers can't express it.
+    """
 
     num_layers: int | float | None = setting(None, "transformer layers to keep", above=0)
     hidden_size: int | float | None = setting(None, "width of the residual stream", above=0)
-    ffn_hidden_size: int | float | None = setting(None, "MLP neurons per layer", above=0)
-    num_attention_heads: int | float | None = setting(None, "query heads per layer, the same number in every KV group", above=0)
-    num_query_groups: int | float | None = setting(None, "KV groups per layer", above=0)
+    ffn_hidden_size: int | float | list[int] | None = setting(None, "MLP neurons per layer; a list: of each kept layer", above=0)
+    num_attention_heads: int | float | list[int] | None = setting(None, "query heads per layer, the same number in every KV group", above=0)
+    num_query_groups: int | float | list[int] | None = setting(None, "KV groups per layer", above=0)
     num_moe_experts: int | float | None = setting(None, "experts per layer (mixture-of-experts models)", above=0)
+    layers_by: str = setting(
+        "bi",
+        "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest goes "
+        "(the last two need calibrate.skip_layers)",
+        allowed=("bi", "loss", "block"),
+    )
+    merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
 
 
@@ -109,6 +120,14 @@ class Calibrate:
     criterion: str = setting("activation", "what ranks the units", allowed=("activation", "magnitude", "random"))
     batch_agg: str = setting("l2", "aggregation over samples", allowed=("l2", "mean", "var"))
     seq_agg: str = setting("mean", "aggregation over a sample's tokens, done first", allowed=("mean", "l2", "var"))
+    skip_layers: int | None = setting(
+        None, "also measure the loss without every run of this many layers, one pass over skip_samples for each (null: don't)", least=1
+    )
+    skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
+
+    def __post_init__(self) -> None:
+        if self.skip_layers is not None and self.criterion != "activation":
+            raise refuse("calibrate.skip_layers", self.skip_layers, f"null is needed with calibrate.criterion={self.criterion}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from minitron.engine.parallel import *  # noqa: F403
     from minitron.engine.schedule import *  # noqa: F403
     from minitron.engine.scoring import *  # noqa: F403
+    from minitron.engine.specs import *  # noqa: F403
     from minitron.engine.trainer import *  # noqa: F403
     from minitron.engine.vocab import *  # noqa: F403
 
-MODULES = ("parallel", "model", "schedule", "vocab", "scoring", "checkpoint", "trainer")
+MODULES = ("parallel", "specs", "model", "schedule", "vocab", "scoring", "checkpoint", "trainer")
 
 
 def __getattr__(name: str) -> Any:

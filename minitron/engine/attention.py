@@ -1,21 +1,52 @@
 """The torch spec's modules where Megatron's own need a GPU, Transformer Engine or apex.
 
-Shapes: S sequence, B batch, N query heads of this rank, G KV groups of this rank, D kv_channels.
+Under context parallelism the sequence is cut into 2 x cp pieces and rank r holds pieces r and 2 x cp - 1 - r, in this order,
+so that every rank has the same share of a causal mask (Megatron's and Transformer Engine's convention).
+
+Shapes: S sequence (of this rank), B batch, N query heads of this rank, G KV groups of this rank, D kv_channels; W whole sequence, L piece.
 """
 
+import functools
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+
+def pieces_of(cp: int, cp_rank: int) -> tuple[int, int]:
+    """The two pieces of the sequence, out of 2 x cp, that a context rank holds."""
+    return cp_rank, 2 * cp - 1 - cp_rank
+
+
+def sequence_part(whole: torch.Tensor, dim: int, cp: int, cp_rank: int) -> torch.Tensor:
+    """A context rank's part of `whole` along `dim`."""
+    if cp == 1:
+        return whole
+    pieces = whole.chunk(2 * cp, dim=dim)
+    return torch.cat([pieces[number] for number in pieces_of(cp, cp_rank)], dim=dim)
+
+
+def whole_context(part: torch.Tensor, group: Any) -> torch.Tensor:
+    """[S, ...] of every context rank -> [W, ...] in the order of the sequence; backward, each rank's gradient is summed into the part's."""
+    cp = group.size()
+    pieces = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group).chunk(2 * cp)
+    held = [number for rank in range(cp) for number in pieces_of(cp, rank)]
+    return torch.cat([pieces[held.index(number)] for number in range(2 * cp)])
 
 
 class Attention(MegatronModule):
-    """Causal attention by `scaled_dot_product_attention`: flash kernels on a GPU, no [S, S] matrix anywhere."""
+    """Causal attention by `scaled_dot_product_attention`: flash kernels on a GPU, no [S, S] matrix there.
+
+    Under context parallelism each rank gathers the keys and values of the whole sequence and keeps its own queries.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 softmax_scale: float | None = None, **unused: Any) -> None:  # fmt: skip
+                 softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any) -> None:  # fmt: skip
         super().__init__(config=config)
+        self.context = pg_collection.cp
         scale = softmax_scale or config.kv_channels**-0.5
         # yarn and longrope stretch cos and sin by a factor: on queries and keys alike, so squared in the scores
         self.softmax_scale = scale * getattr(config, "rope_attention_factor", 1.0) ** 2
@@ -23,11 +54,22 @@ class Attention(MegatronModule):
     def forward(self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, attention_mask: Any,
                 attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> torch.Tensor:  # fmt: skip
         """Returns [S, B, N * D]."""
-        query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        shared = query_BNSD.size(1) != key_BGSD.size(1)
-        out_BNSD = torch.nn.functional.scaled_dot_product_attention(
-            query_BNSD, key_BGSD, value_BGSD, is_causal=True, scale=self.softmax_scale, enable_gqa=shared
+        cp = self.context.size()
+        if cp > 1:
+            key_SBGD, value_SBGD = (whole_context(x, self.context) for x in (key_SBGD, value_SBGD))
+        query_BNSD, key_BGWD, value_BGWD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, scale=self.softmax_scale, enable_gqa=query_BNSD.size(1) != key_BGWD.size(1)
         )
+        if cp == 1:
+            out_BNSD = attend(query_BNSD, key_BGWD, value_BGWD, is_causal=True)
+        else:
+            length, parts = query_BNSD.size(2) // 2, []
+            for query_BNLD, piece in zip(query_BNSD.chunk(2, dim=2), pieces_of(cp, self.context.rank()), strict=True):
+                end = (piece + 1) * length  # what a piece may see: everything up to its own end
+                mask = causal_lower_right(length, end)
+                parts.append(attend(query_BNLD, key_BGWD[:, :, :end], value_BGWD[:, :, :end], attn_mask=mask))
+            out_BNSD = torch.cat(parts, dim=2)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -49,9 +91,9 @@ class Rotary(torch.nn.Module):
     so they are computed per length and kept.
     """
 
-    def __init__(self, settings: Any, device: torch.device) -> None:
+    def __init__(self, settings: Any, device: torch.device, cp: int = 1, cp_rank: int = 0) -> None:
         super().__init__()
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.cp, self.cp_rank = settings, device, cp, cp_rank
         self.cache: dict[int, torch.Tensor] = {}
 
     def inverse_frequencies(self, seq_length: int) -> tuple[torch.Tensor, float]:
@@ -66,14 +108,15 @@ class Rotary(torch.nn.Module):
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.settings, self.device, seq_len=seq_length)
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, hidden_SBH: torch.Tensor, config: TransformerConfig, packed: Any) -> int:
-        """Length of the whole sequence, which under sequence parallelism is longer than what this rank holds."""
+        """Length of the whole sequence, which under sequence and context parallelism is longer than what this rank holds."""
         held = transformer.input_tensor if transformer.input_tensor is not None else hidden_SBH
-        return int(held.size(0)) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        return int(held.size(0)) * (config.tensor_model_parallel_size if config.sequence_parallel else 1) * self.cp
 
     def forward(self, seq_length: int, **unused: Any) -> torch.Tensor:
-        """Angles [S, 1, 1, D], the two halves of a head turned together (not interleaved)."""
+        """Angles [S, 1, 1, D] of this rank's part of the sequence, the two halves of a head turned together (not interleaved)."""
         if seq_length not in self.cache:
             frequencies, _ = self.inverse_frequencies(seq_length)
             angles = torch.outer(torch.arange(seq_length, dtype=torch.float32, device=self.device), frequencies)
-            self.cache = {seq_length: torch.cat((angles, angles), dim=-1)[:, None, None, :]}
+            whole = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+            self.cache = {seq_length: sequence_part(whole, 0, self.cp, self.cp_rank)}
         return self.cache[seq_length]

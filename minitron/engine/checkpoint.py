@@ -42,7 +42,12 @@ def model_state(model: Model, world: World) -> dict[str, Any]:
     Where dead KV groups or vocabulary rows pad a layout, the shapes of two layouts differ at the end. Transformer Engine fuses each norm into
     the matrix behind it and adds states of its own, empty unless fp8 is used.
     """
-    state = {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    state = {
+        f"{number}.{name}": entry
+        for number, chunk in enumerate(model.chunks)
+        for name, entry in chunk.sharded_state_dict().items()
+        if not name.endswith("_extra_state")
+    }
 
     def neutral(entry: Any) -> Any:
         if isinstance(entry, ShardedTensor):
@@ -138,8 +143,8 @@ def fill(model: Model, tensors: dict[str, Any]) -> None:
 def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
     """A model whose parameters are allocated and zero."""
     model = skeleton(arch, world, dtype, spec)
-    for name, row, _ in rows(model):
-        put(model, name, row, torch.zeros(shard_shape(row, arch, world.tp), dtype=dtype, device=world.device))
+    for name, row, layer in rows(model):
+        put(model, name, row, layer, torch.zeros(shard_shape(row, arch.layer(layer), world.tp), dtype=dtype, device=world.device))
     return model
 
 

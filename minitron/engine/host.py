@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -107,6 +108,23 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
+def _tagged_p2p_ops(*, tensor_send_prev: Any, tensor_recv_prev: Any, tensor_send_next: Any, tensor_recv_next: Any, group: Any,
+                    prev_pipeline_rank: int, next_pipeline_rank: int) -> list[Any]:  # fmt: skip
+    """A stage's exchange with its neighbours, each direction under a tag of its own.
+
+    gloo pairs messages of two ranks in the order they are posted. Where virtual stages go round two ranks, the previous and the
+    next rank are one peer, and without tags what is sent forward would be taken for what is sent backward.
+    """
+    forward, backward = 1, 2
+    posts = (
+        (dist.isend, tensor_send_prev, prev_pipeline_rank, backward),
+        (dist.irecv, tensor_recv_prev, prev_pipeline_rank, forward),
+        (dist.isend, tensor_send_next, next_pipeline_rank, forward),
+        (dist.irecv, tensor_recv_next, next_pipeline_rank, backward),
+    )
+    return [post(tensor, peer, group=group, tag=tag) for post, tensor, peer, tag in posts if tensor is not None]
+
+
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
     """Run Megatron-Core on the CPU inside this block. Nothing of it remains afterwards, whatever happened inside."""
@@ -124,6 +142,9 @@ def on_host() -> Iterator[None]:
         rng = importlib.import_module("megatron.core.tensor_parallel.random")
         put(rng, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state())
         put(rng, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state))
+        p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+        for name in ("_p2p_ops", "_batched_p2p_ops"):
+            put(p2p, name, _tagged_p2p_ops)
         host_torch = _torch_with_host_factories()
         for module in map(importlib.import_module, LITERALS):
             put(module, "torch", host_torch)

@@ -36,6 +36,9 @@ class World:
     pp_rank: int
     dp: int
     dp_rank: int
+    cp: int
+    cp_rank: int
+    vpp: int
     sequence_parallel: bool
     groups: ProcessGroupCollection
 
@@ -71,11 +74,13 @@ def pick_device(setting: str) -> torch.device:
 
 def check_layout(parallel: Parallel, world_size: int) -> None:
     """Refuse a layout that does not fit the number of processes, or that this version can't run."""
-    for name, value in (("vpp", parallel.vpp), ("cp", parallel.cp), ("ep", parallel.ep)):
-        if value != 1:
-            raise refuse(f"parallel.{name}", value, "only 1 is supported")
-    if world_size % (parallel.tp * parallel.pp):
-        raise refuse("parallel.tp", parallel.tp, f"tp x pp = {parallel.tp * parallel.pp} must divide the number of processes, {world_size}")
+    if parallel.ep != 1:
+        raise refuse("parallel.ep", parallel.ep, "only 1 is supported")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise refuse("parallel.vpp", parallel.vpp, "virtual stages need parallel.pp of at least 2")
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if world_size % ranks:
+        raise refuse("parallel.tp", parallel.tp, f"tp x pp x cp = {ranks} must divide the number of processes, {world_size}")
     if parallel.sp and parallel.tp == 1:
         raise refuse("parallel.sp", parallel.sp, "sequence parallelism needs parallel.tp of at least 2")
 
@@ -102,6 +107,8 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
         parallel_state.initialize_model_parallel(
             parallel.tp,
             parallel.pp,
+            parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
             distributed_timeout_minutes=parallel.timeout_minutes,
             create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
         )
@@ -116,6 +123,9 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             dp=parallel_state.get_data_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
+            cp=parallel.cp,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            vpp=parallel.vpp,
             sequence_parallel=parallel.sp,
             groups=ProcessGroupCollection.use_mpu_process_groups(),
         )
@@ -136,13 +146,14 @@ def _stop() -> None:
 
 
 def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -> torch.Tensor | None:
-    """The whole of a tensor on rank 0, None elsewhere. Called by every rank.
+    """The whole of a tensor on rank 0, None elsewhere. Called by every rank; the ranks of one pipeline stage hold the same parameters.
 
     `tensor` is this rank's shard along `dim` (None: every tensor rank holds the same), or None on the pipeline stages that
     don't hold it. The first data-parallel replica of the first stage that does speaks.
     """
     stage = _first_holder(tensor is not None, world)
-    speaks = world.dp_rank == 0 and world.pp_rank == stage
+    first_replica = world.dp_rank == 0 and world.cp_rank == 0
+    speaks = first_replica and world.pp_rank == stage
     whole = None
     if speaks and tensor is not None:
         if dim is None or world.tp == 1:
@@ -151,7 +162,7 @@ def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -
             shards = [torch.empty_like(tensor) for _ in range(world.tp)] if world.tp_rank == 0 else None
             dist.gather(tensor.contiguous(), shards, dst=dist.get_global_rank(world.groups.tp, 0), group=world.groups.tp)
             whole = torch.cat(shards, dim) if shards else None
-    if stage > 0 and world.dp_rank == 0 and world.tp_rank == 0:
+    if stage > 0 and first_replica and world.tp_rank == 0:
         whole = _send_to_first_stage(whole, stage, world)
     return whole if world.is_main else None
 
@@ -178,6 +189,19 @@ def _send_to_first_stage(whole: torch.Tensor | None, stage: int, world: World) -
         whole = torch.empty(shape, dtype=dtype, device=world.device)
         dist.recv(whole, src=source, group=world.groups.pp)
     return whole
+
+
+def move_between_stages(
+    tensor: torch.Tensor | None, source: int, destination: int, shape: tuple[int, ...], dtype: torch.dtype, world: World
+) -> torch.Tensor | None:
+    """Ship a tensor from one pipeline stage to another, each tensor rank its own; called by the ranks of the two. None at the source."""
+    ranks = [dist.get_global_rank(world.groups.pp, stage) for stage in (source, destination)]
+    if tensor is not None:
+        dist.send(tensor, dst=ranks[1], group=world.groups.pp)
+        return None
+    received = torch.empty(shape, dtype=dtype, device=world.device)
+    dist.recv(received, src=ranks[0], group=world.groups.pp)
+    return received
 
 
 def sum_over_replicas(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:

@@ -49,11 +49,11 @@ class Trainer:
     def __init__(self, model: Model, settings: Train, world: World) -> None:
         self.model, self.settings, self.world, self.step = model, settings, world, 0
         config = model.config
-        self.wrapped = DistributedDataParallel(
-            config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model, pg_collection=world.groups
-        )
+        buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.wrapped = [DistributedDataParallel(config, buffers, chunk, pg_collection=world.groups) for chunk in model.chunks]
         config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = self.wrapped.no_sync
+        no_sync = [wrapped.no_sync for wrapped in self.wrapped]
+        config.no_sync_func = no_sync if world.vpp > 1 else no_sync[0]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -67,7 +67,7 @@ class Trainer:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self.wrapped],
+            self.wrapped,
             use_gloo_process_groups=world.device.type != "cpu",
         )
         use_fused_adam(self.optimizer)
@@ -100,7 +100,8 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
         """
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(1)
         logs = forward_backward(self.wrapped, [tokens[:, :-1] for tokens in microbatches_BS], self.world, loss)
@@ -128,7 +129,8 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of gradients and optimizer state: Megatron ties them to the model in cycles that outlive it."""
-        self.wrapped.grad_accs.clear()
+        for wrapped in self.wrapped:
+            wrapped.grad_accs.clear()
         config = self.model.config
         config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
 
@@ -150,7 +152,7 @@ def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     for log in logs:
         sums += torch.stack([log[name].double().to(world.device) for name in names])
-    dist.all_reduce(sums, group=world.groups.dp)
+    dist.all_reduce(sums, group=world.groups.dp_cp)
     if world.pp > 1:
         dist.broadcast(sums, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
     totals = dict(zip(names, sums.tolist(), strict=True))

@@ -1,6 +1,6 @@
 """Probes on a rank's shard of the model: what the table of axes calls `probe`, read by plain forward hooks.
 
-Legend: S sequence (a rank's part under sequence parallelism), B batch, H hidden, F ffn, N heads, G groups, D kv_channels, U units.
+Legend: S sequence (a rank's part under sequence and context parallelism), B batch, H hidden, N heads, D kv_channels, U units, K sums.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ LAYERS_BI = "layers.bi"
 
 
 class Probes:
-    """Collects sums from the hooks of one shard. `finish_microbatch` must follow every forward pass.
+    """Collects sums from the hooks on one rank's blocks: the `watch` of forward passes.
 
     After the passes, `totals` maps a probe's name to sums [K, U] over the samples this rank saw (the units it holds), and
     `samples` counts them. Probes: "hidden.{n}" per norm, "ffn.{layer}", "heads.{layer}", and "layers.bi.{layer}" whose one
-    unit is the sum of cosines over tokens.
+    unit is the sum of cosines over tokens. `seq_length` is that of whole sequences.
     """
 
-    def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str) -> None:
-        self.model, self.world, self.seq_agg, self.batch_agg = model, world, seq_agg, batch_agg
-        self.pending: dict[str, Tensor] = {}
+    def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str, seq_length: int) -> None:
+        self.model, self.world, self.seq_agg, self.batch_agg, self.seq_length = model, world, seq_agg, batch_agg, seq_length
+        self.pending: dict[int, dict[str, Tensor]] = {}
+        self.current: int | None = None
         self.totals: dict[str, Tensor] = {}
         self.samples = 0
         self.tokens = 0
@@ -44,70 +45,86 @@ class Probes:
             for handle in handles:
                 handle.remove()
 
-    def _points(self) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
-        decoder = self.model.decoder
-        kv_channels = self.model.arch.kv_channels
-        for layer in decoder.layers:
-            number = layer.layer_number - 1
-            yield layer.input_layernorm, self._output(f"hidden.{2 * number}")
-            yield layer.pre_mlp_layernorm, self._output(f"hidden.{2 * number + 1}")
-            yield layer.self_attention.linear_proj, self._input(f"heads.{number}", kv_channels)
-            yield layer.mlp.linear_fc2, self._input(f"ffn.{number}", 1)
-            yield layer, self._block(f"{LAYERS_BI}.{number}")
-        if decoder.final_layernorm is not None:
-            yield decoder.final_layernorm, self._output(f"hidden.{2 * self.model.arch.num_layers}")
+    def begin(self, microbatch: int | None) -> None:
+        """What the hooks see from now on belongs to this microbatch (None: to none)."""
+        self.current = microbatch
 
-    def _output(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self.pending[name] = sequence_sums(output, self.seq_agg)
-
-        return hook
-
-    def _input(self, name: str, width: int) -> Callable[..., None]:
-        """The input of a row-parallel matrix: this rank's units; a head's `width` channels become their L2 norm."""
-
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            values_SBU = args[0]
-            if width > 1:
-                values_SBU = values_SBU.unflatten(-1, (-1, width)).float().norm(dim=-1)
-            self.pending[name] = sequence_sums(values_SBU, self.seq_agg)
-
-        return hook
-
-    def _block(self, name: str) -> Callable[..., None]:
-        """Block Importance: the cosine between a block's input and output, token by token."""
-
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before_SBH = args[0] if args else kwargs["hidden_states"]
-            after_SBH = output[0] if isinstance(output, tuple) else output
-            cosines_SB = torch.nn.functional.cosine_similarity(before_SBH.float(), after_SBH.float(), dim=-1)
-            self.pending[name] = cosines_SB.sum(dim=0)[None, :, None]
-
-        return hook
-
-    def finish_microbatch(self, tokens: int) -> None:
-        """Complete the sequences of one microbatch over the ranks that share them, then add the samples to the totals.
-
-        `tokens` is the length of the whole sequence. Under sequence parallelism hidden channels and cosines are spread over
-        the tensor ranks: their sums travel in one packed reduction, before anything is squared over the batch.
-        """
-        if self.world.sequence_parallel:
-            spread = sorted(name for name in self.pending if name.startswith(("hidden.", LAYERS_BI)))
-            self._reduce_packed(spread)
+    def end(self, microbatch: int) -> None:
+        """Complete the sequences of one microbatch over the ranks that share them, then add the samples to the totals."""
+        sums = self.pending.pop(microbatch)
+        complete(sums, self.world)
         batch = 0
-        for name, sums_KBU in self.pending.items():
+        for name, sums_KBU in sums.items():
             batch = sums_KBU.shape[1]
             if name.startswith(LAYERS_BI):
                 added = sums_KBU.double().sum(dim=1)
             else:
-                added = batch_sums(finish_sequence(sums_KBU, self.seq_agg, tokens), self.batch_agg)
+                added = batch_sums(finish_sequence(sums_KBU, self.seq_agg, self.seq_length), self.batch_agg)
             self.totals[name] = self.totals[name] + added if name in self.totals else added
         self.samples += batch
-        self.tokens += batch * tokens
-        self.pending.clear()
+        self.tokens += batch * self.seq_length
 
-    def _reduce_packed(self, names: list[str]) -> None:
-        flat = torch.cat([self.pending[name].flatten() for name in names])
-        dist.all_reduce(flat, group=self.world.groups.tp)
-        for name, part in zip(names, flat.split([self.pending[name].numel() for name in names]), strict=True):
-            self.pending[name] = part.view_as(self.pending[name])
+    def _points(self) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
+        arch = self.model.arch
+        for number, block in self.model.blocks():
+            yield block.input_layernorm, self._hook(f"hidden.{2 * number}", self._output)
+            yield block.pre_mlp_layernorm, self._hook(f"hidden.{2 * number + 1}", self._output)
+            yield block.self_attention.linear_proj, self._hook(f"heads.{number}", self._heads)
+            yield block.mlp.linear_fc2, self._hook(f"ffn.{number}", self._input)
+            yield block, self._hook(f"{LAYERS_BI}.{number}", block_cosines)
+        final_norm = self.model.chunks[-1].decoder.final_layernorm
+        if final_norm is not None:
+            yield final_norm, self._hook(f"hidden.{2 * arch.num_layers}", self._output)
+
+    def _hook(self, name: str, sums: Callable[..., Tensor]) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.current is not None:
+                self.pending.setdefault(self.current, {})[name] = sums(args, kwargs, output)
+
+        return hook
+
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return sequence_sums(output, self.seq_agg)
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """Of a row-parallel matrix: this rank's units."""
+        return sequence_sums(args[0], self.seq_agg)
+
+    def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """As `_input`, where a unit is a head: the L2 norm of its channels."""
+        values_SBND = args[0].unflatten(-1, (-1, self.model.arch.kv_channels))
+        return sequence_sums(values_SBND.float().norm(dim=-1), self.seq_agg)
+
+
+def block_cosines(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """Block Importance: the cosine between a block's input and output, summed over the tokens at hand, [1, B, 1]."""
+    before_SBH = args[0] if args else kwargs["hidden_states"]
+    after_SBH = output[0] if isinstance(output, tuple) else output
+    cosines_SB = torch.nn.functional.cosine_similarity(before_SBH.float(), after_SBH.float(), dim=-1)
+    return cosines_SB.sum(dim=0)[None, :, None]
+
+
+def complete(sums: dict[str, Tensor], world: engine.World) -> None:
+    """Complete a microbatch's sums over the ranks that share its sequences, in place: one packed reduction, or none.
+
+    Context ranks share all of them. Under sequence parallelism tensor ranks share those of norms and blocks, while the units of
+    a row-parallel matrix are each rank's own: they travel in a slot of their own, so that one reduction serves both.
+    """
+    if world.cp == 1 and not world.sequence_parallel:
+        return
+    spread = sorted(name for name in sums if name.startswith(("hidden.", LAYERS_BI)))
+    owned = sorted(set(sums) - set(spread)) if world.cp > 1 else []
+    slots = world.tp if world.sequence_parallel else 1
+    mine = world.tp_rank if world.sequence_parallel else 0
+    names = spread + owned
+    flat = torch.cat([sums[name].flatten() for name in spread])
+    if owned:
+        own = torch.cat([sums[name].flatten() for name in owned])
+        in_slots = own.new_zeros(slots, own.numel())
+        in_slots[mine] = own
+        flat = torch.cat([flat, in_slots.flatten()])
+    dist.all_reduce(flat, group=world.groups.tp_cp if world.sequence_parallel else world.groups.cp)
+    count = sum(sums[name].numel() for name in spread)
+    parts = flat[:count] if not owned else torch.cat([flat[:count], flat[count:].view(slots, -1)[mine]])
+    for name, part in zip(names, parts.split([sums[name].numel() for name in names]), strict=True):
+        sums[name] = part.view_as(sums[name])

@@ -21,11 +21,13 @@ from minitron.importance.hooks import LAYERS_BI, Probes
 
 Tensor = torch.Tensor
 FILE = "importance.safetensors"
+LAYERS_LOSS = "layers.loss"  # one entry per run of layers that was skipped; only where calibrate.skip_layers asked for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of every unit, fp32, in the unsharded order: "hidden", "ffn.{layer}", "heads.{layer}", "groups.{layer}", "layers.bi".
+    """Scores of every unit, fp32, in the unsharded order: "hidden", "ffn.{layer}", "heads.{layer}", "groups.{layer}", "layers.bi", and
+    where it was measured "layers.loss".
 
     Higher matters more. `provenance` says what they were measured on.
     """
@@ -49,7 +51,8 @@ class Scores:
             raise RequestError(f"cannot read {path}: {error} (minitron calibrate makes it)") from error
         if provenance.get("model_hash") != model_hash:
             raise RequestError(f"{path} was measured on another model (hash {provenance.get('model_hash')}, this one is {model_hash})")
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected_shapes(arch):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != LAYERS_LOSS}
+        if shapes != expected_shapes(arch) or len(tensors.get(LAYERS_LOSS, [])) > arch.num_layers:
             raise RequestError(f"{path}: its tensors do not fit the model's sizes")
         return cls(tensors, provenance)
 
@@ -108,7 +111,7 @@ def magnitude_scores(model: engine.Model, world: engine.World) -> dict[str, Tens
     squares: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for name, row, layer in engine.rows(model):
-        if name == "output_layer.weight" and arch.share_embeddings_and_output_weights and world.pp > 1:
+        if engine.is_copy(name, model):
             continue  # a copy of what the first stage counts
         weight = model.get_parameter(name).detach().double()
         for index, dim in enumerate(row.dims):

@@ -10,17 +10,19 @@ from safetensors.torch import save_file
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Indices
-from minitron.errors import RequestError
+from minitron.errors import RequestError, refuse
 from minitron.files import atomic_path
 
 FILE = "keep.safetensors"
+PER_LAYER = ("ffn", "groups", "heads", "partners")
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
     """Kept units in the original numbering, ascending. `ffn`, `groups` and `heads` are keyed by original layer number.
 
-    `heads[layer]` holds numbers over the whole layer (head h belongs to group h // heads_per_group).
+    `heads[layer]` holds numbers over the whole layer (head h belongs to group h // heads_per_group). `partners[layer]`, where
+    heads are merged, holds for each of them the head whose difference is added, itself where there is none.
     """
 
     layers: Indices
@@ -28,15 +30,20 @@ class Keep:
     ffn: dict[int, Indices]
     groups: dict[int, Indices]
     heads: dict[int, Indices]
+    partners: dict[int, Indices] = dataclasses.field(default_factory=dict)
 
     def heads_in_groups(self, layer: int, original: Arch) -> Indices:
         """[kept groups, kept heads per group], each head numbered inside its group."""
         return self.heads[layer].reshape(len(self.groups[layer]), -1) % original.heads_per_group
 
+    def partners_in_groups(self, layer: int, original: Arch) -> Indices:
+        """As `heads_in_groups`, of the heads that are merged into them."""
+        return self.partners[layer].reshape(len(self.groups[layer]), -1) % original.heads_per_group
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Named as in importance.safetensors."""
         named: dict[str, Indices] = {"layers": self.layers, "hidden": self.hidden}
-        for axis in ("ffn", "groups", "heads"):
+        for axis in PER_LAYER:
             named |= {f"{axis}.{layer}": units for layer, units in getattr(self, axis).items()}
         return {name: torch.from_numpy(units.copy()) for name, units in named.items()}
 
@@ -53,7 +60,7 @@ class Keep:
                 named = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
         except Exception as error:
             raise RequestError(f"cannot read {path}: {error} (minitron prune makes it)") from error
-        per_layer: dict[str, dict[int, Indices]] = {"ffn": {}, "groups": {}, "heads": {}}
+        per_layer: dict[str, dict[int, Indices]] = {axis: {} for axis in PER_LAYER}
         for name, units in named.items():
             if "." in name:
                 axis, layer = name.split(".")
@@ -67,18 +74,56 @@ def top(scores: torch.Tensor, count: int) -> Indices:
     return np.sort(order[:count]).astype(np.int64)
 
 
-def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch) -> Keep:
+def skipped_at_a_time(by: str, total: int, count: int) -> int:
+    """How many layers are left out at a time to measure what `by` needs."""
+    return 1 if by == "loss" else total - count
+
+
+def top_layers(scores: dict[str, torch.Tensor], count: int, by: str) -> Indices:
+    """The layers that stay: by Block Importance, by the loss without each of them, or all but the contiguous block that is missed least.
+
+    Raises RequestError where that was not measured.
+    """
+    total = len(scores["layers.bi"])
+    if by == "bi" or count == total:
+        return top(scores["layers.bi"], count)
+    at_a_time = skipped_at_a_time(by, total, count)
+    losses = scores.get("layers.loss")
+    if losses is None or len(losses) != total - at_a_time + 1:
+        raise refuse(
+            "target.layers_by", by, f"the loss was not measured without {at_a_time} at a time: calibrate with calibrate.skip_layers={at_a_time}"
+        )
+    if by == "loss":
+        return top(losses, count)
+    dropped = int(np.argmin(losses.double().numpy()))
+    return np.delete(np.arange(total), np.arange(dropped, dropped + at_a_time))
+
+
+def merge_partners(scores: torch.Tensor, kept: int) -> Indices:
+    """For the kept heads of a group, ascending, the head whose difference is added to each (arXiv 2407.14679, section 2.3).
+
+    With heads numbered 1..L by importance and K kept, head i in [2K - L + 1, K] becomes head_i + (head_i - head_(2K - i + 1)).
+    """
+    order = np.argsort(-scores.double().numpy(), kind="stable")
+    partner = {int(order[i - 1]): int(order[2 * kept - i]) if i > 2 * kept - len(order) else int(order[i - 1]) for i in range(1, kept + 1)}
+    return np.array([partner[head] for head in sorted(partner)], dtype=np.int64)
+
+
+def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch, layers_by: str = "bi", merge_heads: bool = False) -> Keep:
     """The units that stay (arXiv 2407.14679, section 2.3): hidden channels over the whole model, neurons and groups per layer,
-    query heads inside each kept group, layers by Block Importance."""
+    query heads inside each kept group, layers as `top_layers` says."""
     for name, values in scores.items():
         if not values.isfinite().all():
             raise RequestError(f"importance scores {name}: some are not finite; calibrate with dtype=fp32, or look at the model and the text")
-    layers = top(scores["layers.bi"], target.num_layers)
-    ffn, groups, heads = {}, {}, {}
-    for layer in map(int, layers):
-        ffn[layer] = top(scores[f"ffn.{layer}"], target.ffn_hidden_size)
-        groups[layer] = top(scores[f"groups.{layer}"], target.num_query_groups)
-        by_group = scores[f"heads.{layer}"].view(original.num_query_groups, original.heads_per_group)
-        inside = [top(by_group[group], target.heads_per_group) + group * original.heads_per_group for group in groups[layer]]
-        heads[layer] = np.concatenate(inside)
-    return Keep(layers=layers, hidden=top(scores["hidden"], target.hidden_size), ffn=ffn, groups=groups, heads=heads)
+    keep = Keep(top_layers(scores, target.num_layers, layers_by), top(scores["hidden"], target.hidden_size), {}, {}, {})
+    per_group = original.heads_per_group
+    for position, layer in enumerate(map(int, keep.layers)):
+        block = target.layer(position)
+        keep.ffn[layer] = top(scores[f"ffn.{layer}"], block.ffn_hidden_size)
+        groups = keep.groups[layer] = top(scores[f"groups.{layer}"], block.num_query_groups)
+        by_group = scores[f"heads.{layer}"].view(original.num_query_groups, per_group)
+        keep.heads[layer] = np.concatenate([top(by_group[group], block.heads_per_group) + group * per_group for group in groups])
+        if merge_heads and block.heads_per_group < per_group:
+            merged = [merge_partners(by_group[group], block.heads_per_group) + group * per_group for group in groups]
+            keep.partners[layer] = np.concatenate(merged)
+    return keep

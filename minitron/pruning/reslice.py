@@ -12,10 +12,9 @@ import torch.distributed as dist
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.arch.axes import Dim, Indices, Parameter, dim_rows, num_units
-from minitron.arch.shards import held_units
+from minitron.arch.axes import PARAMETERS, QKV, Dim, Indices, Parameter, dim_rows, num_units
+from minitron.arch.shards import held_units, shard_shape, stage_of
 from minitron.arch.units import from_units, to_units
-from minitron.errors import refuse
 from minitron.pruning.balance import Plan, balance
 from minitron.pruning.keep import Keep
 
@@ -25,24 +24,55 @@ Tensor = torch.Tensor
 def reslice(model: engine.Model, keep: Keep, target: Arch, world: engine.World, spec: str = "torch") -> engine.Model:
     """The pruned model; `model` is emptied. Peak extra memory: the parameter being cut.
 
-    Raises RequestError for a depth cut over pipeline stages; asserts every shape, the count of parameters and the tied head.
+    After a depth cut, layers travel so that every stage has its share again; they are cut first. Asserts every shape, the count
+    of parameters and the tied head.
     """
     original = model.arch
-    if world.pp > 1 and target.num_layers != original.num_layers:
-        raise refuse("parallel.pp", world.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
     pruned = engine.skeleton(target, world, model.config.params_dtype, spec)
     plans = Plans(keep, original, world)
     old_names = {(row.name, layer): name for name, row, layer in engine.rows(model)}
+    new_names = {(row.name, layer): name for name, row, layer in engine.rows(pruned)}
+    for (_, layer), name in old_names.items():
+        if layer is not None and layer not in keep.layers:
+            release(model, name)
     for name, row, layer in engine.rows(pruned):
-        old_layer = None if layer is None else int(keep.layers[layer])
-        old_name = old_names[row.name, old_layer] if name != "output_layer.weight" else name
-        engine.put(pruned, name, row, cut(release(model, old_name), row, old_layer, keep, original, plans, world))
-        if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
-            pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
+        if layer is None:  # the last stage's copy of a tied embedding has the name it had
+            old_name = name if engine.is_copy(name, pruned) else old_names[row.name, None]
+            engine.put(pruned, name, row, None, cut(release(model, old_name), row, None, keep, original, plans, world))
+    block_rows = [row for row in PARAMETERS if row.per_layer and row.exists(original)]
+    for layer, source, destination in journeys(keep, original, target, world):
+        if world.pp_rank not in (source, destination):
+            continue
+        old_layer = int(keep.layers[layer])
+        for row in block_rows:
+            tensor = None
+            if world.pp_rank == source:
+                tensor = cut(release(model, old_names[row.name, old_layer]), row, old_layer, keep, original, plans, world)
+            if source != destination:
+                shape = shard_shape(row, target.layer(layer), world.tp)
+                tensor = engine.move_between_stages(tensor, source, destination, shape, model.config.params_dtype, world)
+            if tensor is not None:
+                engine.put(pruned, new_names[row.name, layer], row, layer, tensor)
+                if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
+                    pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
     # rank 0 writes the layers of every stage, so it knows the order of all
     pruned.unit_order = engine.merge_over_stages(pruned.unit_order, world)
     check(pruned, world)
     return pruned
+
+
+def journeys(keep: Keep, original: Arch, target: Arch, world: engine.World) -> list[tuple[int, int, int]]:
+    """(layer of the pruned model, pipeline rank that has it, pipeline rank that gets it), in the order in which every rank works.
+
+    Layers that travel towards the end go first, the last of them first, then the others in ascending order: so a stage gives
+    its layers away before it receives, and never holds more than it did.
+    """
+    pp, vpp = world.pp, world.vpp
+    found = []
+    for layer, old_layer in enumerate(map(int, keep.layers)):
+        found.append((layer, stage_of(old_layer, original.num_layers, pp, vpp), stage_of(layer, target.num_layers, pp, vpp)))
+    forward = [journey for journey in found if journey[2] > journey[1]]
+    return forward[::-1] + [journey for journey in found if journey[2] <= journey[1]]
 
 
 def release(model: engine.Model, name: str) -> Tensor:
@@ -93,16 +123,26 @@ def cut(tensor: Tensor, row: Parameter, layer: int | None, keep: Keep, original:
         if sharded and world.tp > 1:
             plan, (mine, held) = plans.get(dim, layer), held_units(dim, original, world.tp, world.tp_rank, sharded=True)
             units = units[(units >= mine.start) & (units < mine.stop)]
-        heads = None
+        heads = partners = None
         if dim.axis == "groups":
             assert layer is not None
             chosen = np.isin(keep.groups[layer], units)
             heads = keep.heads_in_groups(layer, original)[chosen]
+            if dim == QKV and layer in keep.partners:
+                partners = keep.partners_in_groups(layer, original)[chosen]
         first = 0 if plan is None else mine.start
-        tensor = tensor.index_select(index, torch.from_numpy(dim_rows(dim, original, held, units - first, heads)).to(tensor.device))
+        kept = pick(tensor, index, dim_rows(dim, original, held, units - first, heads))
+        if partners is not None:  # a row that is its own partner is left as it is
+            kept += kept - pick(tensor, index, dim_rows(dim, original, held, units - first, partners))
+        tensor = kept
         if plan is not None:
             tensor = rebalance(tensor, index, dim, units, plan, pruned_units(original, keep, layer), world)
     return tensor.contiguous()
+
+
+def pick(tensor: Tensor, index: int, rows: Indices) -> Tensor:
+    """The rows of a dim, copied."""
+    return tensor.index_select(index, torch.from_numpy(rows).to(tensor.device))
 
 
 def pruned_units(original: Arch, keep: Keep, layer: int | None) -> Arch:
@@ -138,12 +178,11 @@ def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, 
 def check(model: engine.Model, world: engine.World) -> None:
     """The pruned model holds what its architecture says: every parameter was cut, and the ranks' live parts add up to the exact count."""
     live = 0
-    for name, row, _ in engine.rows(model):
+    for name, row, layer in engine.rows(model):
         parameter = model.get_parameter(name)
         assert not parameter.is_meta, f"{name} was not cut"
-        copy = name == "output_layer.weight" and model.arch.share_embeddings_and_output_weights
-        if not copy and (row.tp_dim is not None or world.tp_rank == 0):
-            live += live_elements(parameter.numel(), row, model.arch, world)
+        if not engine.is_copy(name, model) and (row.tp_dim is not None or world.tp_rank == 0):
+            live += live_elements(parameter.numel(), row, model.arch.layer(layer), world)
     counted = engine.sum_over_model_ranks(live, world)
     assert counted == model.arch.num_parameters(), f"{counted} parameters, {model.arch.num_parameters()} expected"
 

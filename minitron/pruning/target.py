@@ -1,38 +1,69 @@
 """From the settings under `target` to the architecture of the compressed model. Pure; every impossible size is refused here."""
 
-from minitron.arch.arch import Arch
+import dataclasses
+
+from minitron.arch.arch import Arch, Layer
 from minitron.arch.families import written_as
+from minitron.arch.shards import stage_layers
 from minitron.config.schema import Parallel, Target
 from minitron.errors import refuse
+from minitron.pruning.keep import skipped_at_a_time
 
-_PRUNABLE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+_PER_LAYER = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _ROUNDED = ("hidden_size", "ffn_hidden_size")
 
 
-def target_arch(arch: Arch, target: Target, parallel: Parallel) -> Arch:
-    """`arch` with the sizes that `target` asks for.
+def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool = False) -> Arch:
+    """`arch` with the sizes that `target` asks for. `exported`: it must be one that transformers can express.
 
     Raises RequestError, naming the setting, for a size larger than the model's, not divisible, or an axis this model lacks.
     """
     if target.num_moe_experts is not None:
         raise refuse("target.num_moe_experts", target.num_moe_experts, "this model has no experts; null is needed")
-    sizes = {name: _size(name, getattr(target, name), getattr(arch, name), target.multiple_of) for name in _PRUNABLE}
+    whole = {name: _size(name, getattr(target, name), getattr(arch, name), target.multiple_of) for name in ("num_layers", "hidden_size")}
+    stage_layers(whole["num_layers"], parallel.pp * parallel.vpp)
+    lists = {name: asked for name in _PER_LAYER if isinstance(asked := getattr(target, name), list)}
+    for name, asked in lists.items():
+        if len(asked) != whole["num_layers"]:
+            raise refuse(f"target.{name}", asked, f"one size for each of the {whole['num_layers']} layers that are kept is needed")
+    blocks = [block_sizes(arch, target, parallel, {name: asked[n] for name, asked in lists.items()}) for n in range(whole["num_layers"])]
+    if blocks == blocks[:1] * len(blocks):
+        pruned = arch.replace(**whole, **dataclasses.asdict(blocks[0]))
+    else:
+        largest = max(blocks, key=lambda block: (block.num_query_groups, block.num_attention_heads))
+        sizes = {**dataclasses.asdict(largest), "ffn_hidden_size": max(block.ffn_hidden_size for block in blocks)}
+        pruned = arch.replace(**whole, **sizes, layers=tuple(blocks))
+        if exported:
+            name, asked = next(iter(lists.items()))
+            raise refuse(f"target.{name}", asked, f"no {arch.family} model of transformers has sizes that differ between layers; one size is needed")
+    if not pruned.layers:
+        written_as(pruned)  # a shape that no class of transformers loads is refused before any work is done
+    return pruned
+
+
+def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str, int]) -> Layer:
+    """The sizes of one block; `listed` are those that were given for it alone."""
+    asked = {name: listed.get(name, getattr(target, name)) for name in _PER_LAYER}
+    sizes = {name: _size(name, asked[name], getattr(arch, name), target.multiple_of) for name in _PER_LAYER}
     groups, heads = sizes["num_query_groups"], sizes["num_attention_heads"]
-    if target.num_attention_heads is None:
+    if asked["num_attention_heads"] is None:
         heads = sizes["num_attention_heads"] = groups * arch.heads_per_group
     if heads % groups:
         raise refuse("target.num_attention_heads", heads, f"every KV group keeps the same number of heads: a multiple of {groups} is needed")
     if heads // groups > arch.heads_per_group:
         raise refuse("target.num_attention_heads", heads, f"a KV group has {arch.heads_per_group} heads: at most {groups * arch.heads_per_group}")
-    for name, divisor in (("ffn_hidden_size", "tp"), ("num_layers", "pp")):
-        ranks = getattr(parallel, divisor)
-        if sizes[name] % ranks:
-            raise refuse(f"target.{name}", sizes[name], f"must be divisible by parallel.{divisor}={ranks}")
-    if sizes["num_layers"] != arch.num_layers and parallel.pp > 1:
-        raise refuse("parallel.pp", parallel.pp, "layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth")
-    pruned = arch.replace(**sizes)
-    written_as(pruned)  # a shape that no class of transformers loads is refused before any work is done
-    return pruned
+    if sizes["ffn_hidden_size"] % parallel.tp:
+        raise refuse("target.ffn_hidden_size", sizes["ffn_hidden_size"], f"must be divisible by parallel.tp={parallel.tp}")
+    return Layer(**sizes)
+
+
+def check_layers_by(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None) -> None:
+    """Refuse a ranking of layers that calibration will not measure."""
+    if target.layers_by == "bi" or pruned.num_layers == arch.num_layers:
+        return
+    needed = skipped_at_a_time(target.layers_by, arch.num_layers, pruned.num_layers)
+    if skip_layers != needed:
+        raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers={needed} is needed with it")
 
 
 def _size(name: str, asked: int | float | None, present: int, multiple_of: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,9 @@ import minitron
 from minitron import engine
 from minitron.config.schema import Config
 from minitron.errors import refuse
+from minitron.importance.depth import losses_without
 from minitron.importance.hooks import Probes
-from minitron.importance.scores import FILE, Scores, collect, magnitude_scores, provenance, random_scores
+from minitron.importance.scores import FILE, LAYERS_LOSS, Scores, collect, magnitude_scores, provenance, random_scores
 from minitron.reporting.console import progress
 from minitron.session import Session, session
 
@@ -54,11 +56,30 @@ def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str,
     if settings.samples < world.dp:
         raise refuse("calibrate.samples", settings.samples, f"at least one per data-parallel replica, {world.dp}, is needed")
     mine = range(world.dp_rank, len(samples), world.dp)
-    probes = Probes(model, world, settings.seq_agg, settings.batch_agg)
+    starts = range(0, len(mine), settings.micro_batch_size)
+    microbatches = (torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]]) for start in starts)
+    probes = Probes(model, world, settings.seq_agg, settings.batch_agg, settings.seq_length)
     bar = progress("calibrate", len(mine), opened.cfg.logging.progress and world.is_main)
     with probes.attached(), bar as advance:
-        for start in range(0, len(mine), settings.micro_batch_size):
-            tokens_BS = torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]])
-            engine.forward_only(model, [tokens_BS], world, after=lambda: probes.finish_microbatch(settings.seq_length))
-            advance(len(tokens_BS))
-    return collect(probes, world)
+        for group in engine.in_passes(microbatches, world, lambda tokens_BS: tokens_BS.shape):
+            engine.forward_only(model, group, world, watch=probes)
+            advance(sum(map(len, group)))
+    scores = collect(probes, world)
+    if settings.skip_layers is not None:
+        scores[LAYERS_LOSS] = measure_depth(model, samples, opened, settings.skip_layers)
+    return scores
+
+
+def measure_depth(model: engine.Model, samples: Samples, opened: Session, at_a_time: int) -> torch.Tensor:
+    """The loss without every run of layers, on the first of the samples."""
+    from minitron.data.corpus import eval_batches
+
+    settings, world = opened.cfg.calibrate, opened.world
+    first = [samples[i] for i in range(min(settings.skip_samples, len(samples)))]
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return eval_batches(first, micro_batch_size=settings.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+
+    runs = model.arch.num_layers - at_a_time + 1
+    with progress("layers by loss", runs, opened.cfg.logging.progress and world.is_main) as advance:
+        return losses_without(model, batches, world, at_a_time, advance)

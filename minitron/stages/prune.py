@@ -26,7 +26,7 @@ def work(opened: Session) -> None:
     original = opened.source.arch
     target = target_arch(original, opened.cfg.target, opened.cfg.parallel)
     scores = engine.on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
-    keep = select(scores.tensors, original, target)
+    keep = select(scores.tensors, original, target, opened.cfg.target.layers_by, opened.cfg.target.merge_heads)
 
     def note() -> None:
         keep.save(opened.folder / KEEP)

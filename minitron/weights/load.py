@@ -21,7 +21,7 @@ def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "t
     model = engine.skeleton(source.arch, world, dtype, spec)
     reader = Reader(source.files)
     for name, row, layer in engine.rows(model):
-        engine.put(model, name, row, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
+        engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
     reader.close()
     return model
 

@@ -53,15 +53,15 @@ def gathered(model: engine.Model, world: engine.World) -> Iterator[tuple[str, to
     mine = {(row.name, layer): name for name, row, layer in engine.rows(model)}
     for row, layer in parameters(model.arch):
         name = mine.get((row.name, layer))
-        tensor = None if name is None else model.get_parameter(name).detach()
+        tensor, arch = None if name is None else model.get_parameter(name).detach(), model.arch.layer(layer)
         # the first pipeline stage that has it speaks: a tied embedding is on two
         whole = engine.gather_to_main(tensor, world, row.tp_dim)
         if whole is None:
             continue
         if row.tp_dim is not None:
             dim = row.dims[row.tp_dim]
-            whole = merge_shards(whole, row.tp_dim, dim, model.arch, world.tp, model.unit_order.get(f"{dim.axis}.{layer}"))
-        for template, part in zip(row.hf, unfuse(whole.cpu(), row.dims[0], model.arch), strict=True):
+            whole = merge_shards(whole, row.tp_dim, dim, arch, world.tp, model.unit_order.get(f"{dim.axis}.{layer}"))
+        for template, part in zip(row.hf, unfuse(whole.cpu(), row.dims[0], arch), strict=True):
             yield template.format(layer=layer), part
 
 

@@ -40,7 +40,7 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
         "train.steps=1000            optimizer steps [int >= 1]",
         "train.schedule=cosine       decay after the warm-up [cosine | linear | constant]",
         "train.beta1=0.9             Adam's first decay [float >= 0, <= 0.9999]",
-        "target.num_query_groups=null     KV groups per layer [int | float > 0 | null]",
+        "target.num_query_groups=null     KV groups per layer [int | float | list of int > 0 | null]",
         "logging.progress=true           progress bars on the console [true | false]",
         "run.dir=???  folder that receives",
         "Sizes of the compressed model: a size (whole number), a kept fraction",

@@ -69,7 +69,7 @@ def dead_parts(model, world):
         return None
     arch, found = model.arch, {"groups": 0.0, "vocab": 0.0}
     group = (arch.heads_per_group + 2) * arch.kv_channels
-    for layer in model.decoder.layers:
+    for _, layer in model.blocks():
         attention = layer.self_attention
         parts = [attention.linear_qkv.weight[-group:], attention.linear_proj.weight[:, -arch.heads_per_group * arch.kv_channels :]]
         found["groups"] = max([found["groups"], *(part.abs().max().item() for part in parts)])

@@ -18,7 +18,10 @@ from tests.oracles.models import BIASES, UNTIED, same_tensors, save_model, token
 
 # of each model, the aggregations (over samples, over tokens) that are compared
 PAIRS = {"tied": [("l2", "mean")], "biases": list(itertools.product(AGGREGATIONS, AGGREGATIONS))}
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, sp=True), Layout(dp=2), Layout(pp=2), Layout(tp=2, dp=2), Layout(tp=3, sp=True)]
+LAYOUTS = [
+    Layout(), Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=True), Layout(dp=2), Layout(pp=2), Layout(pp=4), Layout(tp=2, pp=2, sp=True),
+    Layout(tp=2, dp=2), Layout(tp=3, sp=True), Layout(cp=2), Layout(cp=3), Layout(tp=2, cp=2), Layout(tp=2, cp=2, sp=True), Layout(pp=2, vpp=2),
+]  # fmt: skip
 SAMPLES, LENGTH, MICROBATCH = 12, 24, 6
 
 
@@ -54,10 +57,9 @@ def battery(world, models, samples):
     for name, folder in models.items():
         model = load(open_folder(folder, "model.path"), world, torch.float32)
         for batch_agg, seq_agg in PAIRS[name]:
-            probes = Probes(model, world, seq_agg, batch_agg)
+            probes = Probes(model, world, seq_agg, batch_agg, LENGTH)
             with probes.attached():
-                for microbatch in mine.split(MICROBATCH):
-                    forward_only(model, [microbatch], world, after=lambda probes=probes: probes.finish_microbatch(LENGTH))
+                forward_only(model, mine.split(MICROBATCH), world, watch=probes)
             found[name, batch_agg, seq_agg] = collect(probes, world)
         found[name, "magnitude"] = magnitude_scores(model, world)
     return found
@@ -104,7 +106,7 @@ def test_aggregates_of_channels_whose_mean_outweighs_their_spread(seq_agg):
 def test_hooks_are_gone_after_the_block_even_if_it_fails(models, alone):
     model = load(open_folder(models["tied"], "model.path"), alone, torch.float32)
     hooks = [module._forward_hooks for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), Probes(model, alone, "mean", "l2").attached():
+    with pytest.raises(ZeroDivisionError), Probes(model, alone, "mean", "l2", LENGTH).attached():
         assert any(hooks)
         1 / 0  # noqa: B018
     assert not any(hooks)
@@ -113,9 +115,9 @@ def test_hooks_are_gone_after_the_block_even_if_it_fails(models, alone):
 def test_activations_in_bf16_are_summed_in_fp32(models, samples, expected, alone):
     """A running sum in bf16 would stop growing after 256 equal terms; this one stays as near as bf16 activations allow."""
     model = load(open_folder(models["biases"], "model.path"), alone, torch.bfloat16)
-    probes = Probes(model, alone, "mean", "mean")
+    probes = Probes(model, alone, "mean", "mean", LENGTH)
     with probes.attached():
         for _ in range(40):
-            forward_only(model, [samples], alone, after=lambda: probes.finish_microbatch(LENGTH))
+            forward_only(model, [samples], alone, watch=probes)
     for name, score in collect(probes, alone).items():
         assert np.abs(score.numpy() / expected["biases", "mean", "mean"][name] - 1).mean() < 0.05, name

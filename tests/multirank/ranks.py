@@ -24,15 +24,17 @@ class Layout(NamedTuple):
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    vpp: int = 1
     sp: bool = False
 
     @property
     def size(self) -> int:
         """Processes that it takes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        parts = [f"{name}{count}" for name, count in zip(("tp", "pp", "dp"), self, strict=False) if count > 1]
+        parts = [f"{name}{count}" for name, count in zip(("tp", "pp", "dp", "cp", "vpp"), self, strict=False) if count > 1]
         return "-".join([*parts, *(["sp"] if self.sp else [])]) or "alone"
 
 
@@ -49,7 +51,7 @@ def _in_world(function: Callable[..., Any], layout: Layout, seed: int, args: tup
     from minitron.config.schema import Parallel
     from minitron.engine.parallel import world
 
-    with world(Parallel(tp=layout.tp, pp=layout.pp, sp=layout.sp, timeout_minutes=3), "cpu", seed) as here:
+    with world(Parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, vpp=layout.vpp, sp=layout.sp, timeout_minutes=3), "cpu", seed) as here:
         return function(here, *args)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from minitron.engine.attention import whole_context
 from minitron.engine.model import Model
 from minitron.engine.parallel import World, gather_shards
 from minitron.engine.schedule import forward_only, whole_sequence
@@ -13,7 +14,8 @@ def whole_logits(model: Model, tokens_BS: torch.Tensor, world: World) -> torch.T
     def collect(_: int, hidden_SBH: torch.Tensor) -> torch.Tensor:
         hidden_SBH = whole_sequence(hidden_SBH, world)
         shard_VSB = torch.einsum("sbh,vh->vsb", hidden_SBH, model.head_weight())
-        return gather_shards(shard_VSB.contiguous(), world)[: model.arch.vocab_size].permute(2, 1, 0).float()
+        whole_VSB = whole_context(gather_shards(shard_VSB.contiguous(), world).transpose(0, 1), world.groups.cp).transpose(0, 1)
+        return whole_VSB[: model.arch.vocab_size].permute(2, 1, 0).float()
 
     found = forward_only(model, [tokens_BS], world, collect)
     return found[0] if found else None

@@ -27,10 +27,21 @@ def sliced(tensors: dict[str, torch.Tensor], head_dim: int, keep) -> dict[str, t
         for name, tensor in tensors.items():
             if name.startswith(f"model.layers.{old}."):
                 part, _, kind = name.removeprefix(f"model.layers.{old}.").rpartition(".")
+                if part == "self_attn.q_proj" and old in keep.partners:
+                    tensor = merged(tensor, head_dim, keep.heads[old], keep.partners[old])
                 for dim, axis in zip(range(tensor.dim()), LAYER[part], strict=False):
                     tensor = tensor.index_select(dim, rows[axis])
                 whole[f"model.layers.{new}.{part}.{kind}"] = tensor
     return whole
+
+
+def merged(tensor: torch.Tensor, head_dim: int, heads, partners) -> torch.Tensor:
+    """Query rows with what each of `heads` differs by from its partner added to it."""
+    result = tensor.clone()
+    for head, partner in zip(heads, partners, strict=True):
+        mine, other = (tensor[unit * head_dim : (unit + 1) * head_dim] for unit in (head, partner))
+        result[head * head_dim : (head + 1) * head_dim] = mine + (mine - other)
+    return result
 
 
 def best(scores: list[float], count: int, units: list[int] | None = None) -> list[int]:

@@ -51,10 +51,10 @@ def test_activations_keep_more_than_weights_or_chance(stories, windows, alone, s
         return reslice(load(source, alone, torch.float32), select(scores, source.arch, target), target, alone)
 
     model = load(source, alone, torch.float32)
-    probes = Probes(model, alone, "mean", "l2")
+    probes = Probes(model, alone, "mean", "l2", LENGTH)
     with probes.attached():
         for microbatch in windows[0].split(8):
-            forward_only(model, [microbatch[:, :-1]], alone, after=lambda: probes.finish_microbatch(LENGTH))
+            forward_only(model, [microbatch[:, :-1]], alone, watch=probes)
     teacher, activation = loss(model), loss(pruned(collect(probes, alone)))
     magnitude = loss(pruned(magnitude_scores(model, alone)))
     chance = [loss(pruned(random_scores(source.arch, seed))) for seed in range(3)]

@@ -25,7 +25,7 @@ from tests.oracles.models import save_model as save_hf
 from tests.oracles.sharded import of_last_stage, whole_logits
 from tests.oracles.slicing import sliced
 
-BIG = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 60, "head_dim": 6}
+BIG = {"num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 60, "head_dim": 6}
 MODELS = {
     "tied": BIG,
     "untied_biases": {**BIG, **UNTIED, **BIASES, "num_key_value_heads": 3},
@@ -34,26 +34,37 @@ MODELS = {
 }
 TARGETS = {
     "width": Target(hidden_size=24, ffn_hidden_size=36, num_query_groups=0.7),
-    "everything": Target(num_layers=1, hidden_size=24, ffn_hidden_size=12, num_query_groups=0.5),
+    "everything": Target(num_layers=4, hidden_size=24, ffn_hidden_size=12, num_query_groups=0.5),
+    "one_layer": Target(num_layers=1),
+    "without_the_first": Target(num_layers=4, hidden_size=24),
+    "without_the_last": Target(num_layers=4, ffn_hidden_size=24),
 }
-LAYOUTS = [Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=True), Layout(tp=3), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2)]
+GONE = {"without_the_first": [0, 1], "without_the_last": [4, 5]}  # layers whose score is set to nothing: the others travel over stages
+LAYOUTS = [
+    Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=True), Layout(tp=3), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=4),
+    Layout(tp=2, pp=2, sp=True), Layout(cp=2), Layout(tp=2, cp=2), Layout(pp=2, vpp=2), Layout(pp=3),
+]  # fmt: skip
 SAVED = [Layout(), Layout(tp=2), Layout(tp=3), Layout(tp=2, pp=2), Layout(tp=4)]
 
 
-def pruned_by(world, folder, target, seed=5):
+def pruned_by(world, folder, target, seed=5, gone=()):
     """The pruned model of a folder, what was kept, and its source."""
     source = open_folder(folder, "model.path")
-    arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp))
-    keep = select(random_scores(source.arch, seed), source.arch, arch)
+    arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp, vpp=world.vpp))
+    scores = random_scores(source.arch, seed)
+    scores["layers.bi"][list(gone)] = 0.0
+    keep = select(scores, source.arch, arch, merge_heads=target.merge_heads)
     return reslice(load(source, world, torch.float32), keep, arch, world), keep, source
 
 
-def targets(folder, pp):
-    """TARGETS that fit a number of pipeline stages (depth is cut on one only), and half of every group's heads where there are several."""
+def targets(folder, stages):
+    """TARGETS that leave every stage a layer, and half of every group's heads where there are several, alone and with the others merged in."""
     arch = open_folder(folder, "model.path").arch
-    found = {name: target for name, target in TARGETS.items() if pp == 1 or target.num_layers is None}
+    found = {name: target for name, target in TARGETS.items() if (target.num_layers or arch.num_layers) >= stages}
     if arch.heads_per_group > 1:
         found["heads"] = Target(num_attention_heads=arch.heads_per_group // 2 * arch.num_query_groups)
+        groups = round(0.7 * arch.num_query_groups)
+        found["merged"] = Target(num_attention_heads=2 * groups, num_query_groups=groups, merge_heads=True)
     return found
 
 
@@ -61,8 +72,8 @@ def battery(world, folders, out):
     """Every model cut to every target: its export under `out`, its logits, what was kept, and which units lie out of order."""
     found = {}
     for model, folder in folders.items():
-        for name, target in targets(folder, world.pp).items():
-            pruned, keep, source = pruned_by(world, folder, target)
+        for name, target in targets(folder, world.pp * world.vpp).items():
+            pruned, keep, source = pruned_by(world, folder, target, gone=GONE.get(name, ()))
             export(pruned, world, source.config, folder, out / model / name, torch.float32)
             logits = whole_logits(pruned, tokens_of(source.arch.vocab_size, 1, 12), world)
             found[model, name] = (logits, keep, pruned.unit_order, pruned.arch)

@@ -42,8 +42,8 @@ def test_impossible_targets(target, said):
     [
         ({"ffn_hidden_size": 63}, {"tp": 2}, "target.ffn_hidden_size=63: must be divisible by parallel.tp=2"),
         ({"hidden_size": 48}, {"tp": 7}, "ffn_hidden_size=240: must be divisible by parallel.tp=7"),
-        ({"hidden_size": 48}, {"pp": 4}, "target.num_layers=6: must be divisible by parallel.pp=4"),
-        ({"num_layers": 4}, {"pp": 2}, "parallel.pp=2: layers can be dropped on one pipeline stage only; use parallel.pp=1 to prune in depth"),
+        ({"num_layers": 3}, {"pp": 4}, "parallel.pp=4: pp x vpp stages need a layer each: at most the number of layers, 3"),
+        ({"num_layers": 3}, {"pp": 2, "vpp": 2}, "parallel.pp=4: pp x vpp stages"),
     ],
     ids=str,
 )

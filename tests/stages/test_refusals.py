@@ -91,7 +91,7 @@ def test_models_that_cannot_be_read(refused, copy, tmp_path, spoil, said):
         ("train.global_batch_size=6", "train.global_batch_size=6: a multiple of train.micro_batch_size=4 is needed"),
         ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
         ("data.train=/no/such/text.jsonl", "data.train=/no/such/text.jsonl: "),
-        ("parallel.tp=2", "parallel.tp=2: tp x pp = 2 must divide the number of processes, 1"),
+        ("parallel.tp=2", "parallel.tp=2: tp x pp x cp = 2 must divide the number of processes, 1"),
         ("parallel.sp=true", "parallel.sp=True: sequence parallelism needs parallel.tp of at least 2"),
         ("teacher.parallel.tp=2", "teacher.parallel.tp=2: only null or parallel.tp=1 is supported"),
         ("device=cuda", "device=cuda: no GPU is visible to torch; use auto or cpu"),

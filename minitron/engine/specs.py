@@ -1,0 +1,165 @@
+"""What Megatron builds a model from: its settings for an architecture and a layout, and the modules of a block.
+
+Two specs: torch's modules, which run anywhere, and Transformer Engine's.
+"""
+
+import copy
+import importlib.util
+import json
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from minitron.arch.arch import Arch
+from minitron.arch.shards import padded, stage_layers
+from minitron.engine.attention import Attention, Norm, Rotary
+from minitron.engine.parallel import World
+from minitron.errors import refuse
+
+
+class BlockConfigs(TransformerConfig):
+    """Megatron's settings, with other sizes for each block where `arch.layers` gives them."""
+
+    blocks: tuple[Arch, ...] = ()
+
+    def get_config_for_layer(self, layer_number: int) -> "BlockConfigs":
+        """The settings of a block, counted from 1; Megatron asks where `heterogeneous_block_specs` is set."""
+        # a copy and not `replace`: the latter would derive again what has been derived
+        config, block = copy.copy(self), self.blocks[layer_number - 1]
+        for name in ("ffn_hidden_size", "num_attention_heads", "num_query_groups"):
+            setattr(config, name, getattr(block, name))
+        return config
+
+
+def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str) -> BlockConfigs:
+    """Megatron's own settings for this architecture, layout and spec."""
+    whole = padded(arch, world.tp)
+    config = BlockConfigs(
+        num_layers=whole.num_layers,
+        hidden_size=whole.hidden_size,
+        ffn_hidden_size=whole.ffn_hidden_size,
+        num_attention_heads=whole.num_attention_heads,
+        num_query_groups=whole.num_query_groups,
+        kv_channels=whole.kv_channels,
+        tensor_model_parallel_size=world.tp,
+        pipeline_model_parallel_size=world.pp,
+        virtual_pipeline_model_parallel_size=world.vpp if world.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(arch, world),
+        context_parallel_size=world.cp,
+        sequence_parallel=world.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=arch.add_bias_linear,
+        add_qkv_bias=arch.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # a loss is the sum over its tokens, divided once by the count of the whole global batch
+        calculate_per_token_loss=True,
+        # a skeleton: Transformer Engine has its own way to leave parameters without memory
+        use_cpu_initialization=spec == "torch",
+        init_model_with_meta_device=spec != "torch",
+        perform_initialization=False,
+        # each of these needs apex or Transformer Engine, or forks a CUDA random state
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+    if world.vpp > 1 and world.device.type == "cuda":
+        # each direction on a communicator of its own: with two stages, the previous and the next rank are one peer
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+    config.rope_attention_factor = rope_factor(arch)
+    config.heterogeneous_block_specs = bool(arch.layers)
+    config.blocks = tuple(padded(arch.layer(number), world.tp) for number in range(arch.num_layers))
+    return config
+
+
+def pipeline_layout(arch: Arch, world: World) -> list[list[str]] | None:
+    """What each stage, in the order of the layers, is made of, in Megatron's words."""
+    if world.pp == 1:
+        return None
+    stages = [["decoder"] * len(layers) for layers in stage_layers(arch.num_layers, world.pp * world.vpp)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def rope_factor(arch: Arch) -> float:
+    """What cos and sin are multiplied by (1 but for yarn and longrope)."""
+    return Rotary(rope_settings(arch), torch.device("cpu")).inverse_frequencies(arch.max_position_embeddings)[1]
+
+
+def rope_settings(arch: Arch) -> Any:
+    """What transformers' rotary formulas read of a config (of a class that accepts every shape)."""
+    from transformers import MistralConfig
+
+    return MistralConfig(
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_key_value_heads=arch.num_query_groups,
+        head_dim=arch.kv_channels,
+        max_position_embeddings=arch.max_position_embeddings,
+        rope_parameters=json.loads(arch.rope),
+    )
+
+
+def torch_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Blocks of plain torch modules, every norm a module of its own, so that a plain hook sees what it puts out."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+
+
+def transformer_engine_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Blocks of Transformer Engine's fused modules (a GPU and the package are needed)."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TENorm)
+
+
+SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
+
+
+def pick_spec(setting: str, arch: Arch, world: World) -> str:
+    """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present.
+
+    Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
+    """
+    reason = None
+    if world.device.type != "cuda":
+        reason = "Transformer Engine needs a GPU"
+    elif importlib.util.find_spec("transformer_engine") is None:
+        reason = "the package transformer-engine is not installed"
+    elif rope_factor(arch) != 1.0:
+        reason = "Transformer Engine's attention can't take the factor that this rope_type puts on the angles"
+    if setting == "transformer_engine" and reason is not None:
+        raise refuse("spec", setting, f"{reason}; use auto or torch")
+    return "torch" if setting == "torch" or reason is not None else "transformer_engine"
