@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def to_units(tensor: "torch.Tensor", index: int, dim: Dim, arch: Arch) -> "torch.Tensor":
-    """View a tensor whose dim `index` is `dim` as [U, P, R...]: one entry per unit, its rows of all parts together."""
+    """View a contiguous tensor whose dim `index` is `dim` as [U, P, R...]: one entry per unit, its rows of all parts together."""
     sizes = part_sizes(dim, arch)
     first_PUR = tensor.movedim(index, 0)
     units = first_PUR.shape[0] // sum(sizes)
@@ -30,18 +30,8 @@ def from_units(units_UPR: "torch.Tensor", index: int, dim: Dim) -> "torch.Tensor
     return ordered.reshape(-1, *units_UPR.shape[2:]).movedim(0, index).contiguous()
 
 
-def fuse(parts: "list[torch.Tensor]", dim: Dim, arch: Arch) -> "torch.Tensor":
-    """Join the parts of a tensor's first dim (each [U * rows, R...]) in the order that the table gives."""
-    import torch
-
-    if dim.by == "part" or len(parts) == 1:
-        return torch.cat(parts)
-    blocks = [part.unflatten(0, (-1, size)) for part, size in zip(parts, part_sizes(dim, arch), strict=True)]
-    return torch.cat(blocks, dim=1).flatten(0, 1)
-
-
 def unfuse(tensor: "torch.Tensor", dim: Dim, arch: Arch) -> "list[torch.Tensor]":
-    """Inverse of `fuse`: the contiguous parts, each [U * rows, R...]."""
+    """The contiguous parts of a tensor whose first dim is `dim`, each [U * rows, R...], as Hugging Face stores them apart."""
     sizes = part_sizes(dim, arch)
     units_UPR = to_units(tensor, 0, dim, arch)
     return [block.flatten(0, 1).contiguous() for block in units_UPR.split(sizes, dim=1)]

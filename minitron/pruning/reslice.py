@@ -14,7 +14,7 @@ from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS, QKV, Dim, Indices, Parameter, dim_rows, num_units
 from minitron.arch.shards import held_units, shard_shape, stage_of
-from minitron.arch.units import from_units, to_units
+from minitron.arch.units import to_units
 from minitron.pruning.balance import Plan, balance
 from minitron.pruning.keep import Keep
 
@@ -158,21 +158,24 @@ def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, 
 
     `units`: the original numbers of the units that this rank's `tensor` holds now.
     """
-    mine_UPR = to_units(tensor, index, dim, arch)
     me = world.tp_rank
-    stay = mine_UPR[: len(plan.stay[me])]
-    sending, receiving = [len(u) for u in plan.moves[me]], [len(row[me]) for row in plan.moves]
-    parts = [stay]
+    stay, sending, receiving = len(plan.stay[me]), [len(u) for u in plan.moves[me]], [len(row[me]) for row in plan.moves]
+    if not plan.moved() and len(units) == plan.held:
+        return tensor
+    mine_UPR = to_units(tensor, index, dim, arch)
+    shape = list(tensor.shape)
+    shape[index] = plan.held * mine_UPR.shape[1]
+    new = tensor.new_zeros(shape)
+    new_UPR = to_units(new, index, dim, arch)  # a view: units are put where they lie in the end
+    new_UPR[:stay] = mine_UPR[:stay]
     if plan.moved():
         # surplus units are the last ones, and `moves` lists them by receiving rank in that order
-        outgoing = mine_UPR[len(stay) :].contiguous()
-        assert len(outgoing) == sum(sending) == len(units) - len(stay)
+        outgoing = mine_UPR[stay:].contiguous()
+        assert len(outgoing) == sum(sending) == len(units) - stay
         incoming = outgoing.new_empty(sum(receiving), *outgoing.shape[1:])
         dist.all_to_all_single(incoming, outgoing, receiving, sending, group=world.groups.tp)
-        parts.append(incoming)
-    live = torch.cat(parts)
-    dead = live.new_zeros(plan.held - len(live), *live.shape[1:])
-    return from_units(torch.cat([live, dead]), index, dim)
+        new_UPR[stay : stay + len(incoming)] = incoming
+    return new
 
 
 def check(model: engine.Model, world: engine.World) -> None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Parameter, part_sizes
-from minitron.arch.shards import held_units
-from minitron.arch.units import fuse
+from minitron.arch.shards import held_units, shard_shape
+from minitron.arch.units import to_units
 from minitron.weights.source import Source
 
 
@@ -21,7 +21,7 @@ def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "t
     model = engine.skeleton(source.arch, world, dtype, spec)
     reader = Reader(source.files)
     for name, row, layer in engine.rows(model):
-        engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world.tp, world.tp_rank).to(world.device, dtype))
+        engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world, dtype))
     reader.close()
     return model
 
@@ -47,14 +47,18 @@ class Reader:
         self.handles.clear()
 
 
-def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, tp: int, tp_rank: int) -> torch.Tensor:
-    """A rank's part of one parameter, its parts fused as the table says, dead units zero. On the CPU, in the file's dtype."""
-    held = [held_units(dim, arch, tp, tp_rank, sharded=index == row.tp_dim) for index, dim in enumerate(row.dims)]
-    parts = []
-    for template, size in zip(row.hf, part_sizes(row.dims[0], arch), strict=True):
+def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, world: engine.World, dtype: torch.dtype) -> torch.Tensor:
+    """A rank's part of one parameter, its parts fused as the table says, dead units zero: each part is read into its place."""
+    shard = torch.zeros(shard_shape(row, arch, world.tp), dtype=dtype, device=world.device)
+    held = [held_units(dim, arch, world.tp, world.tp_rank, sharded=index == row.tp_dim)[0] for index, dim in enumerate(row.dims)]
+    sizes = part_sizes(row.dims[0], arch)
+    places_UPR = to_units(shard, 0, row.dims[0], arch).split(sizes, dim=1)
+    for template, size, place_UPR in zip(row.hf, sizes, places_UPR, strict=True):
         rows_per_unit = [size, *(sum(part_sizes(dim, arch)) for dim in row.dims[1:])]
-        index = tuple(slice(units.start * n, units.stop * n) for (units, _), n in zip(held, rows_per_unit, strict=True))
+        index = tuple(slice(units.start * n, units.stop * n) for units, n in zip(held, rows_per_unit, strict=True))
         part = reader.read(template.format(layer=layer), index)
-        dead = [(total - len(units)) * n for (units, total), n in zip(held, rows_per_unit, strict=True)]
-        parts.append(torch.nn.functional.pad(part, [n for count in reversed(dead) for n in (0, count)]))
-    return fuse(parts, row.dims[0], arch)
+        place = place_UPR[: len(held[0])]
+        for dim, length in enumerate(part.shape[1:], start=2):
+            place = place.narrow(dim, 0, length)
+        place.copy_(part.reshape(place.shape))
+    return shard
