@@ -67,8 +67,8 @@ class Target:
     num_moe_experts: int | float | None = setting(None, "experts per layer (mixture-of-experts models)", above=0)
     layers_by: str = setting(
         "bi",
-        "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest goes "
-        "(the last two need calibrate.skip_layers)",
+        "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
+        "goes (the last two need calibrate.skip_layers)",
         allowed=("bi", "loss", "block"),
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")

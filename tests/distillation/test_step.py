@@ -17,11 +17,12 @@ from tests.oracles.training import distil, learning_rate
 BATCH, LENGTH, STEPS, TEMPERATURE = 8, 12, 4, 2.0
 # clipping acts on some steps only: the norm is about 1 here
 SETTINGS = {"steps": 6, "global_batch_size": BATCH, "seq_length": LENGTH, "lr": 3e-3, "min_lr": 1e-4, "warmup_steps": 2, "clip_grad": 1.0}
-SMALLER = {"hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 24}
+SMALLER = {"hidden_size": 36, "num_hidden_layers": 4, "intermediate_size": 24}
 # (layout, sequences of a microbatch)
 RUNS = [
     (Layout(), 8), (Layout(), 2), (Layout(), 1), (Layout(tp=2), 4), (Layout(tp=2, sp=True), 4), (Layout(tp=3, sp=True), 8), (Layout(dp=2), 2),
-    (Layout(pp=2), 2), (Layout(tp=2, pp=2), 1), (Layout(tp=2, dp=2, sp=True), 4),
+    (Layout(pp=2), 2), (Layout(tp=2, pp=2), 1), (Layout(tp=2, dp=2, sp=True), 4), (Layout(pp=3), 4), (Layout(cp=2), 2), (Layout(tp=2, cp=2), 4),
+    (Layout(dp=2, cp=2), 1), (Layout(pp=2, vpp=2), 2), (Layout(tp=2, pp=2, vpp=2, sp=True), 1),
 ]  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def scored(world, folder):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(tp=3), Layout(dp=2), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(tp=3), Layout(dp=2), Layout(tp=2, pp=2), Layout(cp=3), Layout(pp=2, vpp=2)], ids=str)
 def test_held_out_loss_counts_every_window_once_and_no_padding(layout, folders):
     folder = folders["biases"][0]
     windows = tokens_of(61, 6, LENGTH + 1)[:5]

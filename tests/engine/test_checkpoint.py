@@ -17,7 +17,7 @@ FIGURES = ("step", "loss", "kd_loss", "grad_norm", "lr", "tokens", "valid_loss")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of three KV groups and 61 tokens: two ranks pad both."""
-    return save_model(tmp_path_factory.mktemp("models") / "model", 4, **BIASES, **UNTIED, num_hidden_layers=2)
+    return save_model(tmp_path_factory.mktemp("models") / "model", 4, **BIASES, **UNTIED)
 
 
 def figures(lines):
@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(layout, dtype, folder, tmp_pa
     assert steps == [5, 6]
 
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)]
+LAYOUTS = [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=3), Layout(cp=2), Layout(pp=2, vpp=2)]
 
 
 def first_half(world, folder, out):
