@@ -90,10 +90,12 @@ def said_elsewhere(line: str) -> bool:
     """Whether another rank of this job announced `line` before, asked of the store that torchrun keeps for its ranks."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
+    from datetime import timedelta
+
     from torch.distributed import TCPStore
 
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{line}", 1) > 1
     except RuntimeError:  # the store is gone; better said twice than not at all
         return False

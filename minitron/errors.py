@@ -8,7 +8,15 @@ class RequestError(Exception):
 
 
 class Stopped(Exception):
-    """Stopped early on a signal with everything saved: the same command continues (exit 75)."""
+    """Stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues (exit 75)."""
+
+
+class LostRank(Stopped):
+    """Another rank of the run was killed, failed, or is out of reach. `rank` is None where it is not known which."""
+
+    def __init__(self, rank: int | None) -> None:
+        who = "a rank" if rank is None else f"rank {rank}"
+        super().__init__(f"{who} was lost, killed or failed: the same command continues from what is finished")
 
 
 def refuse(setting: str, value: object, allowed: str) -> RequestError:

@@ -87,18 +87,18 @@ class Session:
         """The run's tokens, prepared on first use by rank 0."""
         from minitron.data.prepare import SPLITS, prepare  # a dataset file: with Megatron, like the engine
 
-        cfg = self.cfg
+        cfg, source = self.cfg, self.source  # opened by every rank together, before rank 0 goes to work alone
         splits = SPLITS if cfg.data.train != MISSING else [split for split in SPLITS if getattr(cfg.data, split) not in (None, MISSING)]
 
         def make() -> Manifest:
             return prepare(
                 cfg.data,
-                self.source.folder,
+                source.folder,
                 self.folder / "data",
                 seed=cfg.seed,
                 splits=splits,
                 texts=cfg.eval.texts,
-                vocab_size=self.source.arch.vocab_size,
+                vocab_size=source.arch.vocab_size,
                 on_progress=counter("tokenise", cfg.logging.progress),
             )
 
@@ -117,23 +117,24 @@ class Session:
 
     def load_pruned(self) -> engine.Model:
         """The pruned model, before any retraining."""
-        if not self.pruned.is_dir():
+        if not engine.on_main(self.world, self.pruned.is_dir):
             raise refuse("run.dir", self.folder, "there is no pruned model here; minitron prune makes it")
         return self._load(self.pruned)
 
     def load_student(self) -> engine.Model:
         """The student of the newest checkpoint."""
-        step = self.checkpoints.latest()
+        step = engine.on_main(self.world, self.checkpoints.latest)
         if step is None:
             raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them")
         return self._load(self.checkpoints.path(step))
 
-    def _load(self, weights: Path) -> engine.Model:
-        spec = engine.pick_spec(self.cfg.spec, self.source.arch, self.world)
-        return engine.load_model(self.pruned, self.world, self.dtype, spec, weights)
+    def _load(self, folder: Path) -> engine.Model:
+        return engine.load_model(folder, self.world, self.dtype, engine.pick_spec(self.cfg.spec, self.source.arch, self.world))
 
     def is_done(self, verb: str, artifact: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and `artifact` is still there. The same on every rank."""
+
+        self.source  # noqa: B018 -- opened by every rank together
 
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
@@ -154,6 +155,8 @@ class Session:
     def mark(self, verb: str, done: bool) -> None:
         """Note that a stage began, or that it is finished, on rank 0. What was made from an earlier result of it is out of date."""
 
+        self.source  # noqa: B018 -- opened by every rank together
+
         def note() -> None:
             record = read_json(self.folder / RECORD)
             later = ORDER[ORDER.index(verb) + 1 :] if verb != "evaluate" else ()
@@ -168,10 +171,10 @@ class Session:
 
     def check_descent(self) -> None:
         """Refuse checkpoints that were trained from another pruned model than the one that is here now."""
-        file = self.checkpoints.folder / "pruned_from"
+        file, fingerprint = self.checkpoints.folder / "pruned_from", self.source.fingerprint()
 
         def look() -> None:
-            mine = sha256(self.folder / "keep.safetensors")[:16] + "-" + self.source.fingerprint()
+            mine = sha256(self.folder / "keep.safetensors")[:16] + "-" + fingerprint
             if self.checkpoints.latest() is None:
                 write_text(file, mine + "\n")
             elif not file.exists() or file.read_text().strip() != mine:

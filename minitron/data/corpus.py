@@ -5,13 +5,12 @@ Shape letters: B sequences of a micro batch, T tokens of a sequence and one more
 
 import hashlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from minitron.data.indexed import GPTDataset, GPTDatasetConfig, Split, helpers, num_tokens, open_indexed, read_tokens
 from minitron.errors import refuse
@@ -33,10 +32,11 @@ class TrainingSamples:
 
     Each source of the blend is a `GPTDataset`: its documents, shuffled, are put one after another as often as needed and cut; a sequence's last token
     is the next one's first. Sources alternate so that every stretch of samples holds them by weight. The orders are kept under `cache_dir`, which
-    all ranks share: they are made by rank 0 while the others wait, so where torch.distributed runs, every rank must construct this.
+    all ranks share; `once` runs what one of them does for all, while the others wait.
     """
 
-    def __init__(self, blend: Blend, seq_length: int, num_samples: int, seed: int, cache_dir: Path) -> None:
+    def __init__(self, blend: Blend, seq_length: int, num_samples: int, seed: int, cache_dir: Path,
+                 once: Callable[[Callable[[], None]], None] = lambda make: make()) -> None:  # fmt: skip
         weights = np.array([weight for _, weight in blend], dtype=np.float64)
         self.part_of = np.zeros(num_samples, dtype=np.int16)
         self.sample_of = np.zeros(num_samples, dtype=np.int64)
@@ -44,7 +44,7 @@ class TrainingSamples:
         helpers.build_blending_indices(self.part_of, self.sample_of, weights / weights.sum(), len(blend), num_samples, False)
         needed = np.bincount(self.part_of, minlength=len(blend))
         self.parts = {
-            number: _shuffled(Path(prefix), seq_length, int(needed[number]), seed, Path(cache_dir))
+            number: _shuffled(Path(prefix), seq_length, int(needed[number]), seed, Path(cache_dir), once)
             for number, (prefix, _) in enumerate(blend)
             if needed[number]
         }
@@ -58,7 +58,7 @@ class TrainingSamples:
         return torch.cat([item["tokens"], item["labels"][-1:]])
 
 
-def _shuffled(prefix: Path, seq_length: int, num_samples: int, seed: int, cache_dir: Path) -> GPTDataset:
+def _shuffled(prefix: Path, seq_length: int, num_samples: int, seed: int, cache_dir: Path, once: Callable[[Callable[[], None]], None]) -> GPTDataset:
     indexed = open_indexed(prefix, "data.train")
     # Megatron names its files by the path of the tokens, and writes them in place: the folder is named by what they are made from, and complete
     lengths = hashlib.sha256(indexed.sequence_lengths.tobytes()).hexdigest()[:16]
@@ -80,12 +80,12 @@ def _shuffled(prefix: Path, seq_length: int, num_samples: int, seed: int, cache_
         )
         return GPTDataset(indexed, "", np.arange(len(indexed), dtype=np.int32), num_samples, Split.train, config)
 
-    running = dist.is_available() and dist.is_initialized()
-    if not folder.is_dir() and (not running or dist.get_rank() == 0):
-        with atomic_path(folder) as temporary:
-            dataset(temporary)
-    if running:
-        dist.barrier()
+    def make() -> None:
+        if not folder.is_dir():
+            with atomic_path(folder) as temporary:
+                dataset(temporary)
+
+    once(make)
     return dataset(folder)
 
 

@@ -1,6 +1,5 @@
 """Distributed checkpoints: each rank writes and reads its own shards; a checkpoint is complete or absent."""
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -8,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import Model, put, rows, skeleton
+from minitron.engine.optimizer_state import give_state, padding_stays, step_counts_stay, unshare_steps
 from minitron.engine.parallel import World, on_main, refuse_together
 from minitron.errors import RequestError, Stopped
 from minitron.files import fsync_path, os_errors_are_requests, read_json, remove, write_text
@@ -119,16 +118,20 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def save_model(model: Model, folder: Path, world: World) -> None:
     """Write a model without optimizer state: its shards, arch.json, and how pruning left the order of units."""
+    save_sharded({"model": model_state(model, world)}, folder, world, notes(model))
+
+
+def notes(model: Model) -> dict[str, str]:
+    """What goes along with a model's tensors: its sizes, and how pruning left the order of units."""
     order = {name: units.tolist() for name, units in model.unit_order.items()}
-    texts = {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(order) + "\n"}
-    save_sharded({"model": model_state(model, world)}, folder, world, texts)
+    return {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(order) + "\n"}
 
 
-def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch", weights: Path | None = None) -> Model:
-    """Read a model that `save_model` wrote, at this layout. `weights`: a training checkpoint of the same model to read instead."""
+def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+    """Read a model that `save_model` or a training run wrote, at this layout."""
     model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec)
     model.unit_order = {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
-    loaded = load_sharded({"model": model_state(model, world)}, weights or folder)
+    loaded = load_sharded({"model": model_state(model, world)}, folder)
     fill(model, loaded["model"])
     return model
 
@@ -171,15 +174,19 @@ class Checkpoints:
     def save(self, trainer: "Trainer") -> None:
         """Write model, optimizer, schedule and step; then forget all but the newest `keep`."""
         world = trainer.world
-        save_sharded(_whole_state(trainer, loading=False), self.path(trainer.step), world)
-        if world.is_main:
-            write_text(self.folder / "latest", f"{trainer.step}\n")
-            for step in self.steps()[: -self.keep]:
-                remove(self.path(step))
+        save_sharded(_whole_state(trainer, loading=False), self.path(trainer.step), world, notes(trainer.model))
+
+        def point() -> None:
+            with os_errors_are_requests("cannot write", self.folder):
+                write_text(self.folder / "latest", f"{trainer.step}\n")
+                for step in self.steps()[: -self.keep]:
+                    remove(self.path(step))
+
+        on_main(world, point)
 
     def resume(self, trainer: "Trainer") -> bool:
         """Continue from the newest complete checkpoint, if there is one."""
-        step = self.latest()
+        step = on_main(trainer.world, self.latest)
         if step is None:
             return False
         give_state(trainer.optimizer)
@@ -196,46 +203,8 @@ class Checkpoints:
         raise Stopped(f"stopped at step {trainer.step}, saved in {self.path(trainer.step)}: the same command continues")
 
 
-def torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
-    """The torch optimizers inside Megatron's, where neither apex nor Transformer Engine brings another."""
-    return [part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.AdamW)]
-
-
-def give_state(optimizer: Any) -> None:
-    """Megatron reads the step count out of the optimizer's state even to load it, and torch makes that state at the first step."""
-    for inner in torch_optimizers(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[parameter].update(step=torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros)
-
-
-@contextlib.contextmanager
-def step_counts_stay(optimizer: Any) -> Iterator[None]:
-    """Megatron loads torch's step count apart from the tensors, and then misses it among the tensors of each parameter."""
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.AdamW)]
-
-    def with_step(part: Any) -> Callable[[Any, dict[str, Any]], None]:
-        load = part._set_main_param_and_optimizer_states
-        return lambda parameter, tensors: load(parameter, {"step": part._get_main_param_and_optimizer_states(parameter)["step"], **tensors})
-
-    for part in parts:
-        part._set_main_param_and_optimizer_states = with_step(part)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part._set_main_param_and_optimizer_states
-
-
-def unshare_steps(optimizer: Any) -> None:
-    """Megatron loads one step tensor for all parameters, and torch's fused kernel would count it up once for each of them."""
-    for inner in torch_optimizers(optimizer):
-        for parameter, state in inner.state.items():
-            state["step"] = state["step"].to(parameter.device).clone()
-
-
 def _whole_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     model = model_state(trainer.model, trainer.world)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
+    with padding_stays(trainer.optimizer):
+        optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
     return {"model": model, "optimizer": optimizer, "trainer": trainer.state()}

@@ -18,9 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron.config.schema import Parallel
 from minitron.engine.host import on_host
+from minitron.engine.peers import Lookout
 from minitron.errors import RequestError, refuse
 
 Result = TypeVar("Result")
+PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class World:
     vpp: int
     sequence_parallel: bool
     groups: ProcessGroupCollection
+    patient: Any  # a group of all ranks that waits for as long as rank 0 needs for what it does alone
 
     @property
     def is_main(self) -> bool:
@@ -102,8 +105,9 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         if dist.is_initialized():
             raise RequestError("a process group exists already: one run per process")
-        undo.callback(_stop)
-        _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes))
+        lookout = Lookout()
+        undo.push(lambda kind, error, trace: _stop(lookout, error))
+        _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes), lookout)
         parallel_state.initialize_model_parallel(
             parallel.tp,
             parallel.pp,
@@ -128,21 +132,30 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             vpp=parallel.vpp,
             sequence_parallel=parallel.sp,
             groups=ProcessGroupCollection.use_mpu_process_groups(),
+            patient=dist.new_group(backend="gloo", timeout=PATIENCE),
         )
 
 
-def _join(size: int, device: torch.device, timeout: datetime.timedelta) -> None:
+def _join(size: int, device: torch.device, timeout: datetime.timedelta, lookout: Lookout) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if size == 1 and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if size > 1:
+            lookout.begin(store, rank)  # before the groups: a rank that waits for another to make one with it hears of nothing else
+        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout)
 
 
-def _stop() -> None:
+def _stop(lookout: Lookout, error: BaseException | None) -> None:
+    """Leave the groups; an error that another rank's end caused becomes LostRank."""
+    lost = lookout.leave(error)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if lost is not None:
+        raise lost from error
 
 
 def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -> torch.Tensor | None:
@@ -249,22 +262,31 @@ def broadcast_object(value: object, world: World) -> object:
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=world.patient, device=torch.device("cpu"))
     return box[0]
 
 
 def on_main(world: World, action: Callable[[], Result]) -> Result:
-    """Rank 0 does something for all and every rank gets its result; if it is refused there, every rank raises the same refusal."""
+    """Rank 0 does something for all and every rank gets its result; if it is refused there, every rank raises the same refusal.
+
+    The others wait for as long as it takes. `action` runs on rank 0 alone, so nothing in it may wait for another rank.
+    """
+    result = main_only(world, action)
+    return broadcast_object(result, world)  # type: ignore[return-value]
+
+
+def main_only(world: World, action: Callable[[], Result]) -> Result | None:
+    """As `on_main`, for a result that stays with rank 0 (None elsewhere)."""
     result, failure = None, None
     if world.is_main:
         try:
             result = action()
         except RequestError as error:
             failure = str(error)
-    result, failure = broadcast_object((result, failure), world)  # type: ignore[misc]
-    if failure is not None:
-        raise RequestError(failure)
-    return result  # type: ignore[return-value]
+    said = broadcast_object(failure, world)
+    if said is not None:
+        raise RequestError(str(said))
+    return result
 
 
 def refuse_together(failure: str | None, world: World) -> None:

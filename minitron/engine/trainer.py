@@ -17,9 +17,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron.config.schema import Train
-from minitron.engine.checkpoint import Checkpoints, torch_optimizers
+from minitron.engine.checkpoint import Checkpoints
 from minitron.engine.model import Model
-from minitron.engine.parallel import World
+from minitron.engine.optimizer_state import torch_optimizers
+from minitron.engine.parallel import World, any_rank, refuse_together
 from minitron.engine.schedule import LossParts, forward_backward
 from minitron.errors import RequestError
 
@@ -160,6 +161,18 @@ def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float
     return {name: total / max(tokens, 1) for name, total in totals.items()}
 
 
+def report(task: Task, metrics: dict[str, Any], world: World) -> None:
+    """Rank 0 reports a step; where it can't, all ranks stop with its reason."""
+    failure = None
+    if world.is_main:
+        try:
+            task.report(metrics)
+        except RequestError as error:
+            failure = str(error)
+    if any_rank(failure is not None, world):
+        refuse_together(failure, world)
+
+
 def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     """Train from `trainer.step` to the last step, reporting, validating and saving on the way.
 
@@ -182,8 +195,7 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
         if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
             metrics |= task.validate()
-        if world.is_main:
-            task.report(metrics)
+        report(task, metrics, world)
         stopping = stop_requested()
         due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
         if due or trainer.step == settings.steps or stopping:

@@ -44,9 +44,9 @@ def work(opened: Session) -> None:
                           setting="calibrate.samples")  # fmt: skip
         data_hash = "-".join(opened.data.parts[name].sha256["bin"][:16] for name, _ in opened.data.splits["calibration"])
         tensors = measure(opened.load_source(), samples, opened)
-    if world.is_main:
-        settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
-        Scores(tensors, provenance(opened.source.fingerprint(), data_hash, settings, minitron.__version__)).save(opened.folder / FILE)
+    settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
+    scores = Scores(tensors, provenance(opened.source.fingerprint(), data_hash, settings, minitron.__version__))
+    engine.on_main(world, lambda: scores.save(opened.folder / FILE))
     opened.mark("calibrate", done=True)
 
 

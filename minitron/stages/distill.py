@@ -42,8 +42,9 @@ def work(opened: Session) -> None:
     from minitron.data.corpus import TrainingSamples
 
     samples = TrainingSamples(
-        opened.data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order"
-    )
+        opened.data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order",
+        once=lambda make: engine.on_main(world, make),
+    )  # fmt: skip
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
         task = engine.Task(
             microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, student), report=report
@@ -90,8 +91,10 @@ class _metrics:
     def __enter__(self) -> Any:
         cfg = self.opened.cfg
         main = self.opened.world.is_main
-        if main:
-            self.tracker = Tracker(self.opened.folder, start_step=self.start_step, logging=cfg.logging, config=dataclasses.asdict(cfg))
+        self.tracker = engine.main_only(
+            self.opened.world,
+            lambda: Tracker(self.opened.folder, start_step=self.start_step, logging=cfg.logging, config=dataclasses.asdict(cfg)),
+        )
         self.bar = progress("distill", cfg.train.steps, cfg.logging.progress and main, start=self.start_step)
         advance = self.bar.__enter__()
 

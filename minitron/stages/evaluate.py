@@ -23,13 +23,12 @@ def work(opened: Session) -> dict[str, Any]:
     """Writes run.dir/eval.json for those of teacher, pruned model and student that are there, and returns its content."""
     opened.mark("evaluate", done=False)
     models = {"teacher": lambda: opened.teacher}
-    if opened.pruned.is_dir():
+    if engine.on_main(opened.world, opened.pruned.is_dir):
         models["pruned"] = opened.load_pruned
-    if opened.checkpoints.latest() is not None:
+    if engine.on_main(opened.world, opened.checkpoints.latest) is not None:
         models["student"] = opened.load_student
     results = {name: measure(load(), name, opened) for name, load in models.items()}
-    if opened.world.is_main:
-        write_json(opened.folder / FILE, results)
+    engine.on_main(opened.world, lambda: write_json(opened.folder / FILE, results))
     opened.mark("evaluate", done=True)
     return results
 

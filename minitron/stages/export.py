@@ -1,5 +1,6 @@
 """`minitron export`: the student as a Hugging Face folder that transformers and vLLM load as it is."""
 
+from minitron import engine
 from minitron.config.schema import Config
 from minitron.session import Session, session
 from minitron.weights.save import export
@@ -14,7 +15,7 @@ def run(cfg: Config) -> None:
 def work(opened: Session) -> None:
     """Writes run.dir/hf: the student of the newest checkpoint, or the pruned model where nothing was trained yet."""
     opened.mark("export", done=False)
-    trained = opened.checkpoints.latest() is not None
+    trained = engine.on_main(opened.world, opened.checkpoints.latest) is not None
     model = opened.load_student() if trained else opened.load_pruned()
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)

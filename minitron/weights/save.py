@@ -17,6 +17,7 @@ from minitron.arch.axes import Dim, Indices, num_units, parameters
 from minitron.arch.families import to_hf
 from minitron.arch.shards import padded
 from minitron.arch.units import from_units, to_units, unfuse
+from minitron.errors import RequestError
 from minitron.files import atomic_path
 from minitron.weights.source import INDEX, SINGLE
 
@@ -31,11 +32,26 @@ def export(model: engine.Model, world: engine.World, source_config: dict[str, An
     Called by every rank; rank 0 writes. `source_config` is the original's config.json, `companions` the folder whose
     tokenizer files go along. The units of every axis are written in ascending order of the original.
     """
-    tensors = gathered(model, world)
-    if not world.is_main:
-        for _ in tensors:  # the other ranks' part in the gathering
-            pass
-        return
+    tensors, failure = gathered(model, world), None
+    try:
+        if world.is_main:
+            write_folder(model, tensors, source_config, companions, target, dtype)
+    except RequestError as error:
+        failure = str(error)
+    for _ in tensors:  # what is left to gather, on the other ranks all of it
+        pass
+    engine.refuse_together(failure, world)
+
+
+def write_folder(
+    model: engine.Model,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    source_config: dict[str, Any],
+    companions: Path,
+    target: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Rank 0's part of `export`."""
     with atomic_path(target) as folder:
         folder.mkdir()
         write_shards(((name, tensor.to(dtype)) for name, tensor in tensors), folder)

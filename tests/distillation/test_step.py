@@ -124,7 +124,9 @@ def scored(world, folder):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(tp=3), Layout(dp=2), Layout(tp=2, pp=2), Layout(cp=3), Layout(pp=2, vpp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2, sp=True), Layout(tp=3), Layout(dp=2), Layout(tp=2, pp=2), Layout(cp=3), Layout(pp=2, vpp=2)], ids=str
+)
 def test_held_out_loss_counts_every_window_once_and_no_padding(layout, folders):
     folder = folders["biases"][0]
     windows = tokens_of(61, 6, LENGTH + 1)[:5]

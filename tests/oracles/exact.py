@@ -32,8 +32,8 @@ TARGETS = {
     "layers by loss": Target(num_layers=4, layers_by="loss"),
 }
 LAYOUTS = (
-    Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(pp=4), Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True), Layout(dp=2), Layout(tp=2, dp=2),
-    Layout(cp=2), Layout(tp=2, cp=2), Layout(tp=2, cp=2, sp=True), Layout(pp=2, vpp=2),
+    Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(pp=4), Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True), Layout(dp=2),
+    Layout(tp=2, dp=2), Layout(cp=2), Layout(tp=2, cp=2), Layout(tp=2, cp=2, sp=True), Layout(pp=2, vpp=2),
 )  # fmt: skip
 
 

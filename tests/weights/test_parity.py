@@ -14,8 +14,19 @@ from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.models import hf_model, same_tensors, save_zoo, saved_tensors, tokens_of
 from tests.oracles.sharded import of_last_stage, whole_logits
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=3), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=3, sp=True), Layout(pp=3), Layout(pp=2, vpp=2),
-    Layout(cp=2), Layout(tp=2, cp=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=3),
+    Layout(tp=2, sp=True),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+    Layout(tp=3, sp=True),
+    Layout(pp=3),
+    Layout(pp=2, vpp=2),
+    Layout(cp=2),
+    Layout(tp=2, cp=2),
+]
 SCALED = ("theta", "linear", "dynamic", "yarn", "longrope", "llama3")
 LENGTHS = (12, 48)  # inside and beyond the lengths that the scaled rotary kinds were made for
 
