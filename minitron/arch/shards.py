@@ -36,10 +36,12 @@ def padded(arch: Arch, tp: int) -> Arch:
     """`arch` (of one block's sizes) with dead KV groups and vocabulary rows, so that both divide by `tp` ranks.
 
     Raises RequestError where the MLP does not divide: a dead neuron would be exact too, but a size that suits no
-    kernel is more likely a slip.
+    kernel is more likely a slip; and where a rank would have no part of the vocabulary.
     """
     if arch.ffn_hidden_size % tp:
         raise refuse("ffn_hidden_size", arch.ffn_hidden_size, f"must be divisible by parallel.tp={tp}")
+    if math.ceil(arch.vocab_size / tp) * (tp - 1) >= arch.vocab_size:
+        raise refuse("parallel.tp", tp, f"the last rank would have none of the {arch.vocab_size} tokens of the vocabulary")
     groups = math.ceil(arch.num_query_groups / tp) * tp
     return arch.replace(
         num_query_groups=groups,

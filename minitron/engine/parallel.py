@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron.config.schema import Parallel
@@ -44,6 +46,7 @@ class World:
     sequence_parallel: bool
     groups: ProcessGroupCollection
     patient: Any  # a group of all ranks that waits for as long as rank 0 needs for what it does alone
+    alone: list[bool] = dataclasses.field(default_factory=list)  # not empty while it does
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +120,8 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        # checkpoints are written while the run waits: Megatron's queue in an interpreter of its own, which a killed rank leaves behind, has no use
+        filesystem_async._results_queue = queue.Queue()
         yield World(
             device=device,
             rank=dist.get_rank(),
@@ -278,11 +283,15 @@ def on_main(world: World, action: Callable[[], Result]) -> Result:
 def main_only(world: World, action: Callable[[], Result]) -> Result | None:
     """As `on_main`, for a result that stays with rank 0 (None elsewhere)."""
     result, failure = None, None
+    assert not world.alone, "an action that rank 0 does alone asks for another one: the other ranks would not take part"
     if world.is_main:
+        world.alone.append(True)
         try:
             result = action()
         except RequestError as error:
             failure = str(error)
+        finally:
+            world.alone.clear()
     said = broadcast_object(failure, world)
     if said is not None:
         raise RequestError(str(said))

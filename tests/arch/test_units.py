@@ -102,7 +102,7 @@ def test_unfuse_takes_apart_what_the_table_joins(arch, dim, columns):
 
 @given(arches(), st.sampled_from([VOCAB, QKV, HEADS]), st.integers(1, 5))
 def test_every_unit_is_held_by_one_rank_and_shards_are_even(arch, dim, tp):
-    arch = arch.replace(ffn_hidden_size=arch.ffn_hidden_size * tp)
+    arch = arch.replace(ffn_hidden_size=arch.ffn_hidden_size * tp, vocab_size=arch.vocab_size + tp * tp)
     held = [held_units(dim, arch, tp, rank, sharded=True) for rank in range(tp)]
     total = {"vocab": arch.vocab_size, "groups": arch.num_query_groups}[dim.axis]
     assert [unit for live, _ in held for unit in live] == list(range(total))

@@ -19,7 +19,11 @@ from minitron.engine.parallel import (
     world,
 )  # fmt: skip
 from minitron.errors import RequestError
+from minitron.weights.load import load
+from minitron.weights.save import export
+from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
+from tests.oracles.models import save_model
 
 
 @pytest.mark.parametrize(
@@ -110,3 +114,27 @@ def test_replicas_add_up():
     ranks = on_ranks(battery, Layout(tp=2, dp=2))
     assert [found["replicas"] for found in ranks] == [[[2.0, 2.0], [[2.0]]], [[4.0, 4.0], [[2.0]]]] * 2
     assert [found["model"] for found in ranks] == [11, 11, 1100, 1100]
+
+
+def exported_into(world, folder, target):
+    source = open_folder(folder, "model.path")
+    with pytest.raises(RequestError, match="cannot write"):
+        export(load(source, world, torch.float32), world, source.config, folder, target, torch.float32)
+    return True
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2)], ids=str)
+def test_an_export_that_rank_0_cannot_write_is_refused_on_every_rank(layout, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert on_ranks(exported_into, layout, save_model(tmp_path / "model"), tmp_path / "file" / "hf") == [True, True]
+
+
+def nested(world):
+    with pytest.raises(AssertionError, match="alone"):
+        on_main(world, lambda: on_main(world, lambda: 1))
+    return True
+
+
+def test_what_rank_0_does_alone_cannot_ask_the_others(alone):
+    assert nested(alone)
