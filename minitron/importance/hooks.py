@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from minitron import engine
-from minitron.importance.aggregate import batch_sums, finish_sequence, sequence_sums
+from minitron.importance.aggregate import batch_sums, blocks, finish_sequence, sequence_sums
 
 Tensor = torch.Tensor
 LAYERS_BI = "layers.bi"
@@ -53,16 +53,19 @@ class Probes:
         """Complete the sequences of one microbatch over the ranks that share them, then add the samples to the totals."""
         sums = self.pending.pop(microbatch)
         complete(sums, self.world)
-        batch = 0
-        for name, sums_KBU in sums.items():
-            batch = sums_KBU.shape[1]
-            if name.startswith(LAYERS_BI):
-                added = sums_KBU.double().sum(dim=1)
-            else:
-                added = batch_sums(finish_sequence(sums_KBU, self.seq_agg, self.seq_length), self.batch_agg)
-            self.totals[name] = self.totals[name] + added if name in self.totals else added
-        self.samples += batch
-        self.tokens += batch * self.seq_length
+        # all probes at once, side by side along U: a call for each of hundreds would cost more than what it computes
+        cosines = {name: sums_KBU for name, sums_KBU in sums.items() if name.startswith(LAYERS_BI)}
+        units = {name: sums_KBU for name, sums_KBU in sums.items() if name not in cosines}
+        self._add(cosines, torch.cat(list(cosines.values()), dim=2).double().sum(dim=1))
+        packed_KBU = torch.cat(list(units.values()), dim=2)
+        self._add(units, batch_sums(finish_sequence(packed_KBU, self.seq_agg, self.seq_length), self.batch_agg))
+        self.samples += packed_KBU.shape[1]
+        self.tokens += packed_KBU.shape[1] * self.seq_length
+
+    def _add(self, sums: dict[str, Tensor], packed_KU: Tensor) -> None:
+        """Add what a microbatch gives to the totals; `packed_KU` holds the units of all of `sums`."""
+        for name, part_KU in zip(sums, packed_KU.split([sums_KBU.shape[2] for sums_KBU in sums.values()], dim=1), strict=True):
+            self.totals[name] = self.totals[name] + part_KU if name in self.totals else part_KU.clone()
 
     def _points(self) -> Iterator[tuple[torch.nn.Module, Callable[..., None]]]:
         arch = self.model.arch
@@ -100,8 +103,16 @@ def block_cosines(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) ->
     """Block Importance: the cosine between a block's input and output, summed over the tokens at hand, [1, B, 1]."""
     before_SBH = args[0] if args else kwargs["hidden_states"]
     after_SBH = output[0] if isinstance(output, tuple) else output
-    cosines_SB = torch.nn.functional.cosine_similarity(before_SBH.float(), after_SBH.float(), dim=-1)
-    return cosines_SB.sum(dim=0)[None, :, None]
+    total_B = sum(cosines(*pair).sum(dim=0) for pair in zip(blocks(before_SBH), blocks(after_SBH), strict=True))
+    assert isinstance(total_B, Tensor)
+    return total_B[None, :, None]
+
+
+def cosines(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
+    """Token by token, [S, B], in fp32."""
+    before_SBH, after_SBH = before_SBH.float(), after_SBH.float()
+    lengths_SB = torch.linalg.vector_norm(before_SBH, dim=-1) * torch.linalg.vector_norm(after_SBH, dim=-1)
+    return torch.linalg.vecdot(before_SBH, after_SBH) / lengths_SB.clamp_min(1e-12)
 
 
 def complete(sums: dict[str, Tensor], world: engine.World) -> None:

@@ -1,12 +1,15 @@
 """Scores of the sharded model against activations recorded whole on a plain `transformers` model, at every layout."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from minitron.engine.schedule import forward_only
+from minitron.importance import hooks
 from minitron.importance.aggregate import AGGREGATIONS, finish_sequence, sequence_sums
 from minitron.importance.hooks import Probes
 from minitron.importance.scores import collect, expected_shapes, magnitude_scores
@@ -83,6 +86,28 @@ def test_scores_are_those_of_the_recorded_activations(layout, models, samples, e
     assert first.keys() == expected.keys()
     assert {key: errors for key in expected if (errors := wrong(first[key], expected[key]))} == {}
     assert all(same_tensors(found[key], first[key]) for found in others for key in expected)
+
+
+def collectives(world, folder, samples):
+    """How many collectives the probes of one microbatch take, beside those of the pass itself."""
+    model = load(open_folder(folder, "model.path"), world, torch.float32)
+    count = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "dist", types.SimpleNamespace(all_reduce=lambda tensor, group: count.append(1) or dist.all_reduce(tensor, group=group)))
+        probes = Probes(model, world, "mean", "l2", LENGTH)
+        with probes.attached():
+            forward_only(model, samples[:4].split(2), world, watch=probes)
+    return len(count)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("layout", "each"),
+    [(Layout(tp=2), 0), (Layout(dp=2), 0), (Layout(tp=2, sp=True), 1), (Layout(cp=2), 1), (Layout(tp=2, cp=2, sp=True), 1), (Layout(pp=2, vpp=2), 0)],
+    ids=str,
+)
+def test_a_microbatch_takes_one_packed_reduction_or_none(layout, each, models, samples):
+    assert on_ranks(collectives, layout, models["tied"], samples) == [2 * each] * layout.size
 
 
 def test_shapes_and_types_are_those_that_a_score_file_must_have(models, samples, alone):

@@ -100,4 +100,4 @@ def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarr
         with torch.no_grad():
             brute_force = hf_model(out / name)(tokens_of(VOCAB, 2, LENGTH)).logits
         logits = max(logits, float((of_last_stage([found["logits"][name] for found in ranks]) - brute_force).abs().max()))
-    return {"layout": str(layout), **errors, "kept sets that differ": kept, "models that differ": tensors, "logits": logits}
+    return {"layout": str(layout), **errors, "kept ≠": kept, "tensors ≠": tensors, "logits": logits}

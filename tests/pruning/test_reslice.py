@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minitron.config.schema import Parallel, Target
@@ -145,12 +145,12 @@ def test_a_pruned_model_saved_at_any_layout_is_loaded_at_another(layout, shards,
 
 
 @st.composite
-def cases(draw):
+def cases(draw, layers=3):
     """A model's config and a target that is smaller in any number of ways."""
     groups, per_group = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     heads, biased = groups * per_group, draw(st.booleans())
     config = {
-        "num_hidden_layers": draw(st.integers(1, 3)), "hidden_size": heads * draw(st.integers(2, 6)), "intermediate_size": draw(st.integers(2, 20)),
+        "num_hidden_layers": draw(st.integers(1, layers)), "hidden_size": heads * draw(st.integers(2, 6)), "intermediate_size": draw(st.integers(2, 20)),
         "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
         "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}),
     }  # fmt: skip
@@ -180,6 +180,42 @@ def test_any_shape_cut_in_any_way(alone):
             check_export(original, out, keep, pruned.arch, whole_logits(pruned, tokens_of(config["vocab_size"], 1, 12), alone))
 
     holds()
+
+
+def cut_all(world, folders, drawn, out):
+    """Every drawn case, exported under `out`, with its logits and what was kept."""
+    found = []
+    for number, (folder, (_, target, seed)) in enumerate(zip(folders, drawn, strict=True)):
+        pruned, keep, source = pruned_by(world, folder, target, seed)
+        export(pruned, world, source.config, folder, out / str(number), torch.float32)
+        found.append((whole_logits(pruned, tokens_of(source.arch.vocab_size, 1, 12), world), keep, pruned.arch))
+    return found
+
+
+def fits(case, layout):
+    """Whether a layout can hold the model before and after."""
+    config, target, _ = case
+    depth, vocab = min(config["num_hidden_layers"], target.num_layers), config["vocab_size"]
+    divides = config["intermediate_size"] % layout.tp == target.ffn_hidden_size % layout.tp == 0
+    return depth >= layout.pp * layout.vpp and divides and -(-vocab // layout.tp) * (layout.tp - 1) < vocab
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=3, sp=True), Layout(pp=2, vpp=2)], ids=str)
+def test_any_shape_cut_in_any_way_at_any_layout(layout, tmp_path):
+    drawn = []
+
+    @given(cases(layers=6).filter(lambda case: fits(case, layout)))
+    @settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck), deadline=None, database=None)
+    def draw(case):
+        drawn.append(case)
+
+    draw()
+    folders = [save_hf(tmp_path / "originals" / str(number), case[2], **case[0]) for number, case in enumerate(drawn)]
+    ranks = on_ranks(cut_all, layout, folders, drawn, tmp_path)
+    for number, (_, keep, arch) in enumerate(ranks[0]):
+        check_export(folders[number], tmp_path / str(number), keep, arch, of_last_stage([found[number][0] for found in ranks]))
+    assert len(drawn) >= 10
 
 
 def test_the_original_is_emptied_as_it_is_cut(folders, alone):
