@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from minitron.config.schema import Parallel, Target
 from minitron.engine.parallel import world
-from minitron.importance.scores import random_scores
+from minitron.engine.schedule import forward_only
+from minitron.importance.hooks import Probes
+from minitron.importance.scores import collect, random_scores
 from minitron.pruning.keep import Keep, select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
@@ -73,6 +76,35 @@ def test_the_demo_s_cut_is_plain_indexing(folder, tmp_path):
     assert hf.num_parameters() == target.num_parameters()
     with torch.no_grad():
         assert (hf(tokens_of(49152, 1, 32)).logits - logits).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def documents(data_root):
+    """Sections of a real book."""
+    with gzip.open(data_root / "text" / "openstax.jsonl.gz", "rt", encoding="utf-8") as handle:
+        return [json.loads(line)["text"] for line in itertools.islice(handle, 40)]
+
+
+def kept(here, folder, documents):
+    """What the demo's target keeps of real text, measured at this layout in fp32."""
+    source = open_folder(folder, "model.path")
+    ids = AutoTokenizer.from_pretrained(folder)("\n".join(documents)).input_ids[: 8 * 128]
+    windows = torch.tensor(ids).view(8, 128)[here.dp_rank :: here.dp]
+    model = load(source, here, torch.float32)
+    probes = Probes(model, here, "mean", "l2", 128)
+    with probes.attached():
+        forward_only(model, windows.split(1), here, watch=probes)
+    target = target_arch(source.arch, Target(hidden_size=512, ffn_hidden_size=1152, num_layers=24), Parallel())
+    return select(collect(probes, here), source.arch, target).tensors()
+
+
+@pytest.mark.multirank
+def test_every_layout_keeps_the_same_units_of_the_real_model(folder, documents):
+    """Three KV groups on two ranks leave one dead; ranks 2 and 3 of a pipeline hold other layers; replicas see other samples."""
+    expected = on_ranks(kept, Layout(), folder, documents)[0]
+    for layout in (Layout(tp=2), Layout(pp=2), Layout(tp=3), Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2, vpp=2)):
+        for found in on_ranks(kept, layout, folder, documents):
+            assert same_tensors(found, expected), layout
 
 
 def run_with(criterion, root, text, settings):
