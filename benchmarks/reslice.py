@@ -12,7 +12,6 @@ import time
 import torch
 from common import ROOT, arguments, publish
 
-from minitron import engine
 from minitron.config.compose import compose
 from minitron.config.schema import Target
 from minitron.importance.scores import random_scores

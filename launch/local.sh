@@ -12,4 +12,5 @@ shift
 
 # without a limit every rank starts as many threads as there are cores, and they slow each other down
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+trap "" USR1 # where a scheduler sends it to all, the ranks save and stop, but torchrun would die of it
 exec torchrun --standalone --nproc-per-node="$ranks" -m minitron "$@"

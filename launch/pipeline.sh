@@ -4,10 +4,15 @@
 # Every stage reads and writes files in run.dir, so any of them can be repeated alone.
 set -euo pipefail
 
-minitron data "$@"       # text -> tokens
-minitron calibrate "$@"  # forward passes -> importance of every unit
-minitron prune "$@"      # importance + target -> the smaller model
-minitron distill "$@"    # retrain it on the teacher's predictions
-minitron evaluate "$@"   # loss and perplexity of teacher, pruned model, student
-minitron export "$@"     # Hugging Face folder
-minitron report "$@"     # report.html
+stage() {
+    echo "== minitron $1"
+    minitron "$@"
+}
+
+stage data "$@"       # text -> tokens
+stage calibrate "$@"  # forward passes -> importance of every unit
+stage prune "$@"      # importance + target -> the smaller model
+stage distill "$@"    # retrain it on the teacher's predictions
+stage evaluate "$@"   # loss and perplexity of teacher, pruned model, student: prints the table of results
+stage export "$@"     # Hugging Face folder
+stage report "$@"     # report.html

@@ -12,7 +12,7 @@ import minitron
 from minitron.config.compose import compose, to_yaml
 from minitron.config.help import overview, verb_help
 from minitron.config.verbs import VERBS
-from minitron.errors import EXIT_DEFECT, EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError, Stopped
+from minitron.errors import EXIT_DEFECT, EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError, Stopped, say_once
 
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 NARROWEST, WIDEST = 60, 120  # characters per line of help, whatever the terminal
@@ -28,13 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags={argument for argument in arguments if argument.startswith("-")},
         )
     except RequestError as error:
-        say_once(f"minitron: {error}")
+        say_once(str(error))
         return EXIT_REQUEST
     except Stopped as stopped:
-        say_once(f"minitron: {stopped}")
+        if not stopped.said:
+            say_once(str(stopped))
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("minitron: interrupted", file=sys.stderr)
+        print("minitron: interrupted: the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
         traceback.print_exc()
@@ -74,28 +75,3 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say_once(line: str) -> None:
-    """Print `line` to stderr; where torchrun's ranks have the same to say, only the first of them does.
-
-    The first rather than rank 0: torchrun ends the other ranks as soon as one exits, and rank 0 may be among them.
-    """
-    line = " ".join(line.split())
-    if not said_elsewhere(line):
-        print(line, file=sys.stderr, flush=True)
-
-
-def said_elsewhere(line: str) -> bool:
-    """Whether another rank of this job announced `line` before, asked of the store that torchrun keeps for its ranks."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return False
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore
-
-    try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{line}", 1) > 1
-    except RuntimeError:  # the store is gone; better said twice than not at all
-        return False

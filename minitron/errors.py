@@ -1,5 +1,8 @@
 """What a user is told when something cannot be done. The command line turns these into exit codes."""
 
+import os
+import sys
+
 EXIT_DONE, EXIT_DEFECT, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
 
 
@@ -10,15 +13,55 @@ class RequestError(Exception):
 class Stopped(Exception):
     """Stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues (exit 75)."""
 
+    said = False  # whether the user was told already
+
 
 class LostRank(Stopped):
     """Another rank of the run was killed, failed, or is out of reach. `rank` is None where it is not known which."""
 
-    def __init__(self, rank: int | None) -> None:
-        who = "a rank" if rank is None else f"rank {rank}"
-        super().__init__(f"{who} was lost, killed or failed: the same command continues from what is finished")
+    def __init__(self, rank: int | None, said: bool = False) -> None:
+        super().__init__(rank, said)
+        self.rank, self.said = rank, said
+
+    def __str__(self) -> str:
+        who = "a rank" if self.rank is None else f"rank {self.rank}"
+        return f"{who} was lost, killed or failed: the same command continues from what is finished"
 
 
 def refuse(setting: str, value: object, allowed: str) -> RequestError:
     """The one form of a refusal: `setting=value: what is allowed`."""
-    return RequestError(f"{setting}={value}: {allowed}")
+    return RequestError(f"{setting}={shown(value)}: {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as one writes it on the command line and in YAML: null, true, [1, 2]."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def say_once(line: str) -> None:
+    """Print `minitron: LINE` to stderr; where torchrun's ranks have the same to say, only the first of them does.
+
+    The first rather than rank 0: torchrun ends the other ranks as soon as one exits, and rank 0 may be among them.
+    """
+    line = f"minitron: {' '.join(line.split())}"
+    if not _said_elsewhere(line):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _said_elsewhere(line: str) -> bool:
+    """Whether another rank of this job announced `line` before, asked of the store that torchrun keeps for its ranks."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=3))
+        return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{line}", 1) > 1
+    except RuntimeError:  # the store is gone; better said twice than not at all
+        return False

@@ -47,7 +47,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         remove(temporary)
         try:
             yield temporary
+            mode = usual_mode()
             for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+                if path.is_file():
+                    path.chmod(mode)  # safetensors lets nobody but the owner read what it writes
                 fsync_path(path)
             if target.is_dir():
                 remove(target)
@@ -56,6 +59,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
         except BaseException:
             remove(temporary)
             raise
+
+
+def usual_mode() -> int:
+    """The permissions of a new file, as the umask has them."""
+    mask = os.umask(0o077)  # there is no other way to read it; a file that another thread makes right now is closed rather than open to all
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def remove(path: Path) -> None:

@@ -13,24 +13,18 @@ from typing import Any
 
 import minitron
 from minitron import engine
-from minitron.config.build import from_yaml, to_yaml
+from minitron.checks import check, check_model, check_teacher, check_texts, remarks
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
-from minitron.data.sources import check_source
-from minitron.errors import RequestError, refuse
-from minitron.files import os_errors_are_requests, read_json, sha256, write_json, write_text
-from minitron.pruning.target import check_layers_by, target_arch
+from minitron.errors import RequestError, Stopped, refuse, say_once
+from minitron.files import read_json, sha256, write_json, write_text
+from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, own, settings_of
 from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
 
-RECORD = "stages.json"
-# settings that may differ between two commands on one run: where and how it runs, not what it makes
-FREE = ("run", "parallel", "eval", "logging", "device", "spec")
-FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "train.save_interval",
-              "train.eval_interval", "train.eval_tokens")  # fmt: skip
-ORDER = ("data", "calibrate", "prune", "distill", "evaluate", "export")  # each stage reads what those before it made
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # by hand or from a scheduler: what runs is to end
 
 
 @dataclasses.dataclass
@@ -38,6 +32,7 @@ class Session:
     """One command's view of a run. Paths of artifacts are properties here, so that no stage spells them."""
 
     cfg: Config
+    verb: str
     world: engine.World
     folder: Path
 
@@ -78,20 +73,25 @@ class Session:
         return open_folder(Path(found), setting)
 
     def _converted(self, gguf: Path, folder: Path, setting: str) -> Source:
-        if not folder.is_dir():
+        """The run's conversion, made anew where it is of another file, or of another type and this verb reads weights."""
+        note, stat = folder.with_name(f"{folder.name}.json"), gguf.stat()
+        mine = {"file": str(gguf.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": self.cfg.dtype}
+        there = read_json(note) if note.exists() and folder.is_dir() else {}
+        if any(there.get(key) != value for key, value in mine.items() if key != "dtype" or "dtype" in VERBS[self.verb].groups):
             convert_gguf(gguf, folder, self.cfg.dtype)
+            write_json(note, mine)
         return open_folder(folder, setting)
 
     @functools.cached_property
     def data(self) -> Manifest:
-        """The run's tokens, prepared on first use by rank 0."""
+        """The run's tokens, prepared on first use by rank 0; refused where they are too few for what this verb reads."""
         from minitron.data.prepare import SPLITS, prepare  # a dataset file: with Megatron, like the engine
 
         cfg, source = self.cfg, self.source  # opened by every rank together, before rank 0 goes to work alone
         splits = SPLITS if cfg.data.train != MISSING else [split for split in SPLITS if getattr(cfg.data, split) not in (None, MISSING)]
 
         def make() -> Manifest:
-            return prepare(
+            manifest = prepare(
                 cfg.data,
                 source.folder,
                 self.folder / "data",
@@ -101,6 +101,8 @@ class Session:
                 vocab_size=source.arch.vocab_size,
                 on_progress=counter("tokenise", cfg.logging.progress),
             )
+            check_texts(cfg, self.verb, manifest)
+            return manifest
 
         return engine.on_main(self.world, make)
 
@@ -131,15 +133,15 @@ class Session:
     def _load(self, folder: Path) -> engine.Model:
         return engine.load_model(folder, self.world, self.dtype, engine.pick_spec(self.cfg.spec, self.source.arch, self.world))
 
-    def is_done(self, verb: str, artifact: str) -> bool:
-        """Whether this run finished a stage with the settings and inputs it has now, and `artifact` is still there. The same on every rank."""
+    def is_done(self, verb: str) -> bool:
+        """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""
 
         self.source  # noqa: B018 -- opened by every rank together
 
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
             same = entry.get("settings") == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
-            return bool(entry.get("done")) and same and (self.folder / artifact).exists()
+            return bool(entry.get("done")) and same and is_there(self.folder, verb)
 
         return engine.on_main(self.world, look)
 
@@ -159,7 +161,7 @@ class Session:
 
         def note() -> None:
             record = read_json(self.folder / RECORD)
-            later = ORDER[ORDER.index(verb) + 1 :] if verb != "evaluate" else ()
+            later = [*ARTIFACTS][[*ARTIFACTS].index(verb) + 1 :] if verb != "evaluate" else []
             for name in later:
                 if name in record and not done:
                     record[name]["done"] = False
@@ -185,114 +187,91 @@ class Session:
         engine.on_main(self.world, look)
 
 
-def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
-    """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
-    tree = dataclasses.asdict(cfg)
-    groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
-    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in FREE_NAMES}
-
-
 @contextlib.contextmanager
 def session(cfg: Config, verb: str) -> Iterator[Session]:
-    """Open a run: refuse what can't be done before any weight is read, then start the processes and claim the folder."""
+    """Open a run: refuse what can't be done before any weight is read, start the processes, and keep the folder for this command until its end."""
     check(cfg, verb)
-    with engine.world(cfg.parallel, cfg.device, cfg.seed) as here:
-        opened = Session(cfg, here, Path(cfg.run.dir))
-        engine.on_main(here, lambda: claim(opened.folder, cfg, verb))
-        if "target" in VERBS[verb].groups:
-            target_arch(opened.source.arch, cfg.target, cfg.parallel)  # what had to be fetched or converted first
+    with end_on_signal(verb), engine.world(cfg.parallel, cfg.device, cfg.seed) as here, contextlib.ExitStack() as held:
+        opened = Session(cfg, verb, here, Path(cfg.run.dir))
+
+        def take() -> None:
+            own(opened.folder)
+            held.enter_context(locked(opened.folder))
+            claim(opened.folder, cfg, verb)
+
+        engine.on_main(here, take)
+        check_models(opened)
+        for line in remarks(cfg, verb, opened.source.arch) if here.is_main else ():
+            say_once(line)
         yield opened
 
 
-def check(cfg: Config, verb: str) -> None:
-    """Everything about a request that can be told without processes: paths and texts."""
-    groups = VERBS[verb].groups
-    if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
-        arch = open_folder(Path(found), "model.path").arch
-        if "target" in groups:
-            pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
-            check_layers_by(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
-        if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
-            raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
-    if "teacher" in groups and cfg.teacher.path is not None:
-        locate(cfg.teacher.path, "teacher.path")
-    for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):
-        if "teacher" in groups and ranks not in (None, getattr(cfg.parallel, name)):
-            raise refuse(f"teacher.parallel.{name}", ranks, f"only null or parallel.{name}={getattr(cfg.parallel, name)} is supported")
-    if "data" in groups:
-        for name in ("train", "valid", "calibration"):
-            if (spec := getattr(cfg.data, name)) not in (None, MISSING):
-                check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split)
-    if "eval" in groups:
-        for name, spec in cfg.eval.texts.items():
-            check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
-    check_lengths(cfg, groups)
-
-
-def check_lengths(cfg: Config, groups: tuple[str, ...]) -> None:
-    """Sequences that divide by the ranks that share them, and steps that divide by the replicas."""
-    layout = cfg.parallel
-    ways = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
-    for name, length in (("calibrate", cfg.calibrate.seq_length), ("train", cfg.train.seq_length), ("eval", cfg.eval.seq_length)):
-        if name in groups and length is not None and length % ways:
-            allowed = (
-                f"must be divisible by {ways}: 2 x parallel.cp={layout.cp} where that is above 1, times parallel.tp={layout.tp} with parallel.sp"
-            )
-            raise refuse(f"{name}.seq_length", length, allowed)
-    if "train" in groups:
-        replicas = int(os.environ.get("WORLD_SIZE", "1")) // (layout.tp * layout.pp * layout.cp)
-        per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
-        if per_step and cfg.train.global_batch_size % per_step:
-            stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
-            raise refuse(
-                "train.global_batch_size", cfg.train.global_batch_size, f"must be divisible by micro_batch_size x replicas{stages} = {per_step}"
-            )
-
-
-def claim(folder: Path, cfg: Config, verb: str) -> None:
-    """Make the run's folder, or see that it belongs to this run; write config.yaml. Raises RequestError naming the first setting that differs."""
-    with os_errors_are_requests("cannot use run.dir", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    record_file = folder / RECORD
-    if not record_file.exists():
-        if any(path.name != RECORD for path in folder.iterdir() if not path.name.startswith(".")):
-            raise refuse("run.dir", folder, "the folder holds files that are not a run's; an empty or new folder is needed")
-        write_json(record_file, {})
-    mine = settings_of(cfg, verb, free=False)
-    for stage, entry in read_json(record_file).items():
-        theirs = entry["settings"]
-        for name in sorted(set(mine) & set(theirs)):
-            if mine[name] != theirs[name]:
-                raise refuse(name, mine[name], f"run.dir={folder} belongs to a run whose {stage} has {theirs[name]!r}; use that, or another run.dir")
-    write_config(folder / "config.yaml", cfg, verb)
-
-
-def write_config(file: Path, cfg: Config, verb: str) -> None:
-    """config.yaml: the settings of this verb's groups as they are now, the others as an earlier verb of the run left them."""
-    if file.exists():
-        earlier = from_yaml(file.read_text(encoding="utf-8"))
-        cfg = dataclasses.replace(earlier, **{group: getattr(cfg, group) for group in VERBS[verb].groups})
-    write_text(file, to_yaml(cfg))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+def check_models(opened: Session) -> None:
+    """What the models rule out, also those that had to be fetched or converted first."""
+    cfg, arch = opened.cfg, opened.source.arch
+    check_model(cfg, opened.verb, arch)
+    if "teacher" in VERBS[opened.verb].groups:
+        if cfg.teacher.path is not None:
+            check_teacher(cfg, arch, opened.teacher_source.arch)
+        for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
+            engine.pick_spec(cfg.spec, model, opened.world)
 
 
 @contextlib.contextmanager
 def stop_on_signal(here: engine.World) -> Iterator[Callable[[], bool]]:
     """Inside the block SIGTERM and SIGUSR1 ask for a stop; the yielded function tells, the same on every rank, whether one did."""
-    seen: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with on_signal(lambda: None) as seen:
         yield lambda: engine.any_rank(bool(seen), here)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def end_on_signal(verb: str) -> Iterator[None]:
+    """Inside the block SIGTERM and SIGUSR1 break the work off wherever it is. Whatever error comes of that, Stopped is raised."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt  # which libraries know to come from anywhere, and let pass
+
+    with on_signal(interrupt) as seen:
+        cause = None
+        try:
+            yield
+        except BaseException as error:
+            if not seen:
+                raise
+            cause = error
+        if seen:
+            raise Stopped(f"stopped in {verb}: the same command continues") from cause
+
+
+@contextlib.contextmanager
+def on_signal(answer: Callable[[], None]) -> Iterator[list[int]]:
+    """Inside the block the first SIGTERM or SIGUSR1 calls `answer`; the list, empty at first, then holds its number.
+
+    What asks for an end often asks twice, as `timeout` does of a process and of its group. So further signals are ignored, after a block that
+    raises too, as the process is about to end. If the block ends well all the same, the signal is passed to who handled it before.
+    """
+    seen: list[int] = []
+    process = os.getpid()
+
+    def handle(number: int, frame: object) -> None:
+        if os.getpid() != process:
+            os._exit(128 + number)  # a forked child has nothing to save
+        if not seen:
+            seen.append(number)
+            answer()
+
+    before = {number: signal.signal(number, handle) for number in STOPPING}
+    try:
+        yield seen
+    except BaseException:
+        for number, former in before.items():
+            if signal.getsignal(number) is handle:  # not one that an inner block left ignored
+                signal.signal(number, signal.SIG_IGN if seen else former)
+        raise
+    for number, former in before.items():
+        signal.signal(number, former)
+    if seen:
+        signal.raise_signal(seen[0])
 
 
 def need(path: Path, verb: str) -> Path:

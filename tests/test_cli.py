@@ -47,7 +47,7 @@ def test_a_verb_runs_its_stage_with_the_composed_settings(stage, capsys):
     [
         (RequestError("parallel.tp=3: a divisor\nof 9 is needed"), 2, "minitron: parallel.tp=3: a divisor of 9 is needed\n"),
         (Stopped("saved at step 7; the same command continues"), 75, "minitron: saved at step 7; the same command continues\n"),
-        (KeyboardInterrupt(), 130, "minitron: interrupted\n"),
+        (KeyboardInterrupt(), 130, "minitron: interrupted: the same command continues\n"),
     ],
 )
 def test_exit_codes_with_one_line_on_stderr(stage, capsys, error, code, said):

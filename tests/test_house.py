@@ -24,6 +24,7 @@ ORDER = [
     {"importance", "pruning", "distillation", "evaluation"},
     {"search"},
     {"launching", "reporting"},
+    {"checks", "record"},
     {"session"},
     {"stages"},
     {"cli"},

@@ -56,7 +56,7 @@ def build(group: type[Group], tree: Any, prefix: str = "") -> Group:
     hints = typing.get_type_hints(group)
     if not isinstance(tree, dict):
         name = prefix.rstrip(".") or "settings"
-        raise refuse(name, shown(tree), f"this is a group: {', '.join(prefix + key for key in hints)}")
+        raise refuse(name, tree, f"this is a group: {', '.join(prefix + key for key in hints)}")
     for key, value in tree.items():
         if key not in hints:
             raise unknown(f"{prefix}{key}", value)
@@ -77,7 +77,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     kinds = kinds_of(hint)
     if kinds == (dict,):
         if not isinstance(value, dict):
-            raise refuse(name, shown(value), f"names are needed below it: {name}.NAME=TEXT")
+            raise refuse(name, value, f"names are needed below it: {name}.NAME=TEXT")
         return {str(key): convert(typing.get_args(hint)[1], item, f"{name}.{key}") for key, item in value.items()}
     if float in kinds and type(value) is int and int not in kinds:
         value = float(value)
@@ -87,7 +87,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if type(value) not in kinds or odd_list or (type(value) is float and not math.isfinite(value)):
         quote = f" (a number as text is written '{name}=\"{value}\"')" if str in kinds and type(value) in (int, float) else ""
         wanted = [KINDS[kind] for kind in kinds if not (kind is int and float in kinds)]
-        raise refuse(name, shown(value), f"{' or '.join(wanted)} is needed{quote}")
+        raise refuse(name, value, f"{' or '.join(wanted)} is needed{quote}")
     return value
 
 
@@ -112,7 +112,7 @@ def unknown(name: str, value: Any) -> RequestError:
         advice = f"the settings of {group} are {', '.join(siblings)}"
     else:
         advice = "--help lists all"
-    return refuse(name, shown(value), f"there is no such setting; {advice}")
+    return refuse(name, value, f"there is no such setting; {advice}")
 
 
 def require(config: Config, verb: str, needs: tuple[str, ...]) -> None:
@@ -123,7 +123,7 @@ def require(config: Config, verb: str, needs: tuple[str, ...]) -> None:
         values = [value_at(config, name) for name in names]
         if all(value in (None, MISSING, "", {}) for value in values):
             wanted = rules[names[0]]["help"] if len(names) == 1 else f"at least one of {', '.join(names)}"
-            raise refuse(names[0], shown(values[0]), f"{verb} needs {'this setting: ' if len(names) == 1 else ''}{wanted}")
+            raise refuse(names[0], values[0], f"{verb} needs {'this setting: ' if len(names) == 1 else ''}{wanted}")
 
 
 def value_at(config: Any, name: str) -> Any:
@@ -131,11 +131,6 @@ def value_at(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
-
-
-def shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_yaml(config: Config) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from minitron.config.build import build, from_yaml, require, shown, to_yaml, unknown
+from minitron.config.build import build, from_yaml, require, to_yaml, unknown
 from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
 from minitron.errors import RequestError, refuse
 
 __all__ = ["choices", "compose", "from_yaml", "to_yaml"]
+HYDRA_CFG = ("job", "hydra", "all")  # what Hydra's own --cfg is followed by
 
 
 def compose(verb: str, overrides: list[str], *, complete: bool = True) -> Config:
@@ -58,7 +59,7 @@ def checked(text: str) -> str:
         raise refuse(key, value, f"one value is needed; quote what belongs together: '{key}=\"{value}\"'")
     if override.package is None and key in groups():
         if value not in list(choices(key)):  # a list: the value itself may be one, which no dict can look up
-            raise refuse(key, shown(value), f"one of {', '.join(choices(key))} is needed")
+            raise refuse(key, value, f"one of {', '.join(choices(key))} is needed")
         return text.lstrip("+")
     if override.package is not None or key.split(".")[0] not in {field.name for field in dataclasses.fields(Config)}:
         raise unknown(text.lstrip("+").partition("=")[0], value)
@@ -70,6 +71,8 @@ def parsed(text: str) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if text in HYDRA_CFG:
+        raise RequestError(f"{text}: --cfg takes no word after it; minitron VERB [SETTING=VALUE ...] --cfg prints the composed settings")
     if "=" not in text.lstrip("=") and not text.startswith("~"):
         raise RequestError(f"{text}: SETTING=VALUE is needed")
     try:

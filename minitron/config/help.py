@@ -5,10 +5,11 @@ import re
 import textwrap
 from typing import Any
 
-from minitron.config.build import Setting, settings, shown
+from minitron.config.build import Setting, settings
 from minitron.config.compose import choices, groups
 from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
+from minitron.errors import shown
 
 TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", list: "list of int", dict: "NAME: text"}
 UNBROKEN = "\N{NO-BREAK SPACE}"
@@ -17,7 +18,7 @@ EXITS = [
     ("0", "done"),
     ("1", "a defect of the program, with a traceback"),
     ("2", "the request is wrong: one line names the setting, its value and what is allowed"),
-    ("75", "stopped early with everything saved: the same command continues"),
+    ("75", "stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues"),
 ]
 
 

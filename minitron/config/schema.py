@@ -64,7 +64,7 @@ class Target:
     ffn_hidden_size: int | float | list[int] | None = setting(None, "MLP neurons per layer; a list: of each kept layer", above=0)
     num_attention_heads: int | float | list[int] | None = setting(None, "query heads per layer, the same number in every KV group", above=0)
     num_query_groups: int | float | list[int] | None = setting(None, "KV groups per layer", above=0)
-    num_moe_experts: int | float | None = setting(None, "experts per layer (mixture-of-experts models)", above=0)
+    num_moe_experts: int | float | None = setting(None, "experts per layer; only null works: no model with experts is supported yet", above=0)
     layers_by: str = setting(
         "bi",
         "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
@@ -81,15 +81,15 @@ class Parallel:
     pp: int = setting(1, "pipeline stages", least=1)
     vpp: int = setting(1, "virtual stages (model chunks) per pipeline rank", least=1)
     cp: int = setting(1, "context-parallel ranks", least=1)
-    ep: int = setting(1, "expert-parallel ranks", least=1)
+    ep: int = setting(1, "expert-parallel ranks; only 1 works: no model with experts is supported yet", least=1)
     sp: bool = setting(False, "sequence parallelism: activations outside the matrices split over the tensor ranks")
     timeout_minutes: int = setting(30, "a collective that waits longer than this ends the run", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherParallel:
-    tp: int | None = setting(None, "tensor-parallel ranks of the teacher (null: the student's)", least=1)
-    pp: int | None = setting(None, "pipeline stages of the teacher (null: the student's)", least=1)
+    tp: int | None = setting(None, "tensor-parallel ranks of the teacher; only null, the student's, or the same number works", least=1)
+    pp: int | None = setting(None, "pipeline stages of the teacher; only null, the student's, or the same number works", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Train:
     seq_length: int = setting(1024, "tokens per sequence", least=2)
     lr: float = setting(1e-4, "peak learning rate", above=0)
     min_lr: float = setting(1e-5, "learning rate at the end of the decay", least=0)
-    warmup_steps: int = setting(40, "steps of linear warm-up", least=0)
+    warmup_steps: int = setting(40, "steps of linear warm-up, at most train.steps - 1", least=0)
     schedule: str = setting("cosine", "decay after the warm-up", allowed=("cosine", "linear", "constant"))
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", least=0)
     beta1: float = setting(0.9, "Adam's first decay", least=0, most=0.9999)

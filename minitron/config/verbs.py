@@ -19,7 +19,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "compress": Verb(
-        "the whole pipeline: calibrate, prune, distill, evaluate, export and report; continues where it stopped",
+        "the whole pipeline: data, calibrate, prune, distill, evaluate, export and report; continues where it stopped",
         ("run", "model", "target", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train", AXES),
     ),

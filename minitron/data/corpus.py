@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minitron.data.indexed import GPTDataset, GPTDatasetConfig, Split, helpers, num_tokens, open_indexed, read_tokens
-from minitron.errors import refuse
+from minitron.data.lengths import taken, windows_in
 from minitron.files import atomic_path
 
 Blend = Sequence[tuple[Path, float]]  # prefixes of .bin/.idx files, each with its weight (manifest.Manifest.blend gives it)
@@ -102,11 +102,11 @@ class Windows:
                  setting: str = "eval.tokens") -> None:  # fmt: skip
         self.seq_length = seq_length
         self.texts = [open_indexed(Path(prefix), setting) for prefix, _ in blend]
-        there = [(num_tokens(text) - 1) // seq_length for text in self.texts]
-        taken = _taken(there, [weight for _, weight in blend], seq_length, limit_tokens, count, setting)
+        there = [windows_in(num_tokens(text), seq_length) for text in self.texts]
+        counts = taken(there, [weight for _, weight in blend], seq_length, limit_tokens, count, setting)
         generator = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
-        chosen = [np.arange(n) if generator is None else generator.choice(of, n, replace=False) for of, n in zip(there, taken, strict=True)]
-        self.text_of = np.repeat(np.arange(len(blend)), taken)
+        chosen = [np.arange(n) if generator is None else generator.choice(of, n, replace=False) for of, n in zip(there, counts, strict=True)]
+        self.text_of = np.repeat(np.arange(len(blend)), counts)
         self.window_of = np.concatenate(chosen)
         if generator is not None:
             order = generator.permutation(len(self.window_of))
@@ -119,32 +119,6 @@ class Windows:
         """Window `index` as int64 [T]."""
         text, window = self.texts[self.text_of[index]], int(self.window_of[index])
         return torch.from_numpy(read_tokens(text, window * self.seq_length, self.seq_length + 1))
-
-
-def _taken(there: list[int], weights: list[float], seq_length: int, limit_tokens: int | None, count: int | None, setting: str) -> list[int]:
-    """How many of its windows each text gives."""
-    if not any(there):
-        raise refuse(setting, limit_tokens if count is None else count, f"the text is shorter than one sequence of {seq_length + 1} tokens")
-    if count is not None:
-        taken = apportion(count, weights)
-        if any(wanted > of for wanted, of in zip(taken, there, strict=True)):
-            shares = f", needed {' + '.join(map(str, taken))}" if len(there) > 1 else ""
-            raise refuse(setting, count, f"the text holds {' + '.join(map(str, there))} sequences of {seq_length} tokens{shares}")
-        return taken
-    if limit_tokens is None:
-        return there
-    if limit_tokens < seq_length:
-        raise refuse(setting, limit_tokens, f"at least one sequence of {seq_length} tokens is needed")
-    return [min(wanted, of) for wanted, of in zip(apportion(limit_tokens // seq_length, weights), there, strict=True)]
-
-
-def apportion(count: int, weights: Sequence[float]) -> list[int]:
-    """Whole shares of `count` in proportion to `weights`, summing to it; what rounding leaves goes to the largest remainders, the first first."""
-    exact = count * np.array(weights, dtype=np.float64) / sum(weights)
-    shares = np.floor(exact).astype(int)
-    for winner in np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]:
-        shares[winner] += 1
-    return shares.tolist()
 
 
 def batches(samples: Samples, *, start: int, micro_batch_size: int, num_microbatches: int, dp_rank: int, dp_size: int) -> Iterator[torch.Tensor]:

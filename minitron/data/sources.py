@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -201,13 +202,26 @@ def _hub(source: Source, text_key: str, split: str) -> Iterator[str]:
     name = HUB_ID.fullmatch(source.name)
     assert name is not None, f"locate() let {source.name} through"
     try:
-        for number, record in enumerate(datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)):
-            yield _text(source, record, text_key, f"record {number} of {source.given}")
+        with _quiet_hub():
+            for number, record in enumerate(datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)):
+                yield _text(source, record, text_key, f"record {number} of {source.given}")
     except RequestError:
         raise
     except Exception as error:  # the hub's clients raise errors of half a dozen libraries: not found, offline, wrong split, wrong config, ...
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise refuse(source.setting, source.given, f"no such file or folder, and split {split} can't be read from the hub: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The hub's client tells of every attempt to reach it; what came of them is said once, by the refusal."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 READERS: dict[str, Callable[[Source, Path, str], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -98,6 +99,15 @@ _worker: dict[str, Any] = {}  # the tokenizer of a worker process, sent once rat
 
 def _start_worker(tokenizer: Any) -> None:
     _worker["tokenizer"] = tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(texts: list[str]) -> list[np.ndarray]:

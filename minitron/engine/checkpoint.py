@@ -1,12 +1,18 @@
 """Distributed checkpoints: each rank writes and reads its own shards; a checkpoint is complete or absent."""
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
+import queue
 import re
 import shutil
+import threading
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +21,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.arch.arch import Arch
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
 PLAIN_NAMES = {row.fused.split("{layer}.")[1]: row.name.split("{layer}.")[1] for row in PARAMETERS if row.fused}
 PADDED = tuple(row.name.split("{layer}.")[-1] for row in PARAMETERS if row.tp_dim is not None and row.dims[row.tp_dim].axis in ("groups", "vocab"))
 OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
+# what Megatron's writer takes from `multiprocessing`
+THREADS = types.SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Process=functools.partial(threading.Thread, daemon=True))
 
 
 def model_state(model: Model, world: World) -> dict[str, Any]:
@@ -87,8 +96,9 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
     level = log.level
     log.setLevel(logging.CRITICAL)  # what went wrong is said once, below
     try:
-        dist_checkpointing.save(state, str(temporary))
-    except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writer processes met
+        with written_by_threads():
+            dist_checkpointing.save(state, str(temporary))
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writers met
         failure = f"cannot write {folder}: {why_not_written(error, temporary)}"
     finally:
         log.setLevel(level)
@@ -99,6 +109,21 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
             remove(temporary)
         raise
     on_main(world, finish)
+
+
+@contextlib.contextmanager
+def written_by_threads() -> Iterator[None]:
+    """Inside the block Megatron's writer starts threads where it would start processes.
+
+    Its processes let training go on beside them, and here the run waits for them. They would die of the signal that asks the run to stop
+    where its whole process group gets it, and nothing would be saved; and outlive a rank that is killed.
+    """
+    usual = filesystem_async.mp, filesystem_async._results_queue
+    filesystem_async.mp, filesystem_async._results_queue = types.SimpleNamespace(get_context=lambda method: THREADS), queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async.mp, filesystem_async._results_queue = usual
 
 
 def why_not_written(error: BaseException, folder: Path) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron.config.schema import Parallel
@@ -120,8 +118,6 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        # checkpoints are written while the run waits: Megatron's queue in an interpreter of its own, which a killed rank leaves behind, has no use
-        filesystem_async._results_queue = queue.Queue()
         yield World(
             device=device,
             rank=dist.get_rank(),

@@ -10,14 +10,14 @@ import multiprocessing
 import os
 import secrets
 import selectors
+import signal
 import socket
-import sys
 import threading
 from typing import Any
 
 import torch.distributed as dist
 
-from minitron.errors import EXIT_STOPPED, LostRank, Stopped
+from minitron.errors import EXIT_STOPPED, LostRank, Stopped, say_once
 
 # what the libraries say of a connection that ended with the process on its other side
 SIGNS = (
@@ -26,7 +26,9 @@ SIGNS = (
     "ncclRemoteError", "remote process exited",  # NCCL
 )  # fmt: skip
 KEY = "minitron/lookout"
-FAREWELL = b"bye"
+RANK_DIGITS = 8
+FAREWELL = "bye"
+INTERRUPT = signal.SIGUSR2  # not SIGINT: a user may mean another thing by it, and shells let background jobs ignore it
 PATIENCE = 5.0  # seconds for a message to come
 TO_NOTICE, TO_STOP, TO_END = 3.0, 12.0, 15.0  # seconds until a rank that goes on is interrupted, is given up, is ended
 
@@ -38,15 +40,23 @@ def tells_of_loss(error: BaseException | None) -> bool:
     return error is not None and tells_of_loss(error.__cause__)
 
 
+class Interrupted(BaseException):
+    """Raised in the midst of whatever the main thread does, once another rank is lost; `Lookout.leave` makes it a LostRank."""
+
+
 class Lookout:
     """This rank's connection to rank 0, or rank 0's to all, and a thread that listens to it.
 
     Once a rank is lost this process will end: by the error that its next exchange with the lost rank raises; where it computes
-    by itself, by an interrupt; where it waits in a library that can't be interrupted, at once. At most half a minute passes.
+    by itself, by an interrupt; where neither reaches it, in a library, this thread ends the process. At most half a minute passes.
+    The words that are passed: `bye` of a rank that is done, `N failed` of one that says itself why, `N died`.
     """
 
     def __init__(self) -> None:
+        self.rank = 0
         self.lost: int | None = None
+        self._how = ""
+        self._said = False
         self._heard = threading.Event()  # who was lost is known
         self._leaving = threading.Event()  # the main thread has stopped its work
         self._finished = False  # and not for an error
@@ -56,6 +66,7 @@ class Lookout:
 
     def begin(self, store: dist.Store, rank: int) -> None:
         """Connect. `store` is where the ranks meet; called by every rank."""
+        self.rank = rank
         ears = selectors.DefaultSelector()
         asleep, self._waker = socket.socketpair()
         ears.register(asleep, selectors.EVENT_READ)
@@ -63,7 +74,8 @@ class Lookout:
         if rank == 0:
             self._open(store, ears)
         else:
-            self._connect(store, rank, ears)
+            self._connect(store, ears)
+        signal.signal(INTERRUPT, self._interrupt)
         os.register_at_fork(after_in_child=self._close)  # a child that outlives this process must not keep its connections open
         self._thread = threading.Thread(target=self._listen, args=(ears,), daemon=True, name="lookout")
         self._thread.start()
@@ -76,13 +88,13 @@ class Lookout:
         ears.register(listener, selectors.EVENT_READ, token)
         store.set(KEY, f"{_own_address()} {listener.getsockname()[1]} {token}")
 
-    def _connect(self, store: dist.Store, rank: int, ears: selectors.BaseSelector) -> None:
+    def _connect(self, store: dist.Store, ears: selectors.BaseSelector) -> None:
         address, port, token = store.get(KEY).decode().split()
         try:
             line = socket.create_connection((address, int(port)), timeout=PATIENCE)
-            line.sendall(_hello(token, rank))
+            line.sendall(_hello(token, self.rank))
         except OSError as error:
-            say(f"rank {rank} cannot reach rank 0 at {address}:{port} ({error}): a lost rank may be noticed late")
+            say_once(f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}): a lost rank may be noticed late")
         else:
             self._add(line, 0, ears)
 
@@ -104,32 +116,45 @@ class Lookout:
                     elif key.data is not None:
                         self._admit(key.fileobj, key.data, ears)
         if self.lost is not None:
-            for line in self._peers:
-                with contextlib.suppress(OSError):
-                    line.sendall(str(self.lost).encode())
+            self._tell(f"{self.lost} {self._how}")
+            if self._how == "died":
+                self._say()  # now: torchrun ends the other ranks within a tenth of a second
             self._heard.set()
             threading.Thread(target=self._end_the_process, daemon=True, name="end").start()
 
     def _admit(self, listener: Any, token: str, ears: selectors.BaseSelector) -> None:
-        line, _ = listener.accept()
+        try:
+            line, _ = listener.accept()
+        except OSError:  # whoever it was is gone again
+            return
         line.settimeout(PATIENCE)
         hello = _read(line, len(_hello(token, 0)))
-        if hello[:-8] == token.encode():
-            self._add(line, int(hello[-8:]), ears)
+        if hello[:-RANK_DIGITS] == token:
+            self._add(line, int(hello[-RANK_DIGITS:]), ears)
         else:
             line.close()
 
     def _hear(self, line: Any, ears: selectors.BaseSelector) -> None:
-        word = _read(line, 16)
+        word = _read(line, 32)
         ears.unregister(line)
         rank = self._peers.pop(line)
         line.close()
         if word != FAREWELL:
-            self.lost = int(word or rank)
+            lost, self._how = (word or f"{rank} died").split()
+            self.lost = int(lost)
+
+    def _tell(self, word: str) -> None:
+        for line in [*self._peers]:
+            with contextlib.suppress(OSError):
+                line.sendall(word.encode())
+
+    def _say(self) -> None:
+        if not self._said:
+            self._said = True
+            say_once(str(LostRank(self.lost)))
 
     def leave(self, error: BaseException | None) -> LostRank | None:
         """Tell the others how this rank ends: `error`, or well. The LostRank to raise where the error is another rank's end."""
-        interrupted = isinstance(error, KeyboardInterrupt) and self.lost is not None
         told = tells_of_loss(error)
         if told and self._thread is not None:
             self._heard.wait(PATIENCE)
@@ -138,21 +163,23 @@ class Lookout:
         if self._thread is not None:
             self._waker.close()
             self._thread.join()
-        for line in [*self._peers] if self._finished else []:
-            with contextlib.suppress(OSError):
-                line.sendall(FAREWELL)
+        self._tell(FAREWELL if self._finished else f"{self.rank} failed")
         self._close()
-        return LostRank(self.lost) if told or interrupted else None
+        return LostRank(self.lost, self._said) if told or isinstance(error, Interrupted) else None
 
     def _close(self) -> None:
         for line in [*self._peers, *self._others]:
             line.close()
 
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.lost is not None:
+            raise Interrupted
+
     def _end_the_process(self) -> None:
         if not self._leaving.wait(TO_NOTICE):
-            _thread.interrupt_main()
+            _thread.interrupt_main(INTERRUPT)
         if not self._leaving.wait(TO_STOP):
-            say(str(LostRank(self.lost)))
+            self._say()
         elif not self._finished:
             threading.Event().wait(TO_END)  # what is left to do after an error: files closed, children ended
         if not self._finished:
@@ -161,21 +188,16 @@ class Lookout:
             os._exit(EXIT_STOPPED)
 
 
-def say(line: str) -> None:
-    """For when the command line is not there to say it."""
-    print(f"minitron: {line}", file=sys.stderr, flush=True)
-
-
 def _hello(token: str, rank: int) -> bytes:
-    return f"{token}{rank:08}".encode()
+    return f"{token}{rank:0{RANK_DIGITS}}".encode()
 
 
-def _read(line: socket.socket, size: int) -> bytes:
+def _read(line: socket.socket, size: int) -> str:
     """What was sent, at most `size` bytes; nothing where the connection ended."""
     try:
-        return line.recv(size)
+        return line.recv(size).decode(errors="replace")
     except OSError:
-        return b""
+        return ""
 
 
 def _own_address() -> str:

@@ -85,6 +85,8 @@ class Trainer:
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     def state(self) -> dict[str, Any]:
@@ -92,8 +94,10 @@ class Trainer:
         return {"step": self.step, "scheduler": self.scheduler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Inverse of `state`. From here on the learning rate is what today's settings give at each step, not those of the checkpoint."""
         self.step = state["step"]
+        for group in self.optimizer.param_groups:  # loaded with the optimizer's state; the schedule reads them there
+            group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
 
     def update(self, microbatches_BS: list[Tensor], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:

@@ -4,9 +4,9 @@ import dataclasses
 
 from minitron.arch.arch import Arch, Layer
 from minitron.arch.families import written_as
-from minitron.arch.shards import stage_layers
+from minitron.arch.shards import padded
 from minitron.config.schema import Parallel, Target
-from minitron.errors import refuse
+from minitron.errors import RequestError, refuse
 from minitron.pruning.keep import skipped_at_a_time
 
 _PER_LAYER = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -16,12 +16,13 @@ _ROUNDED = ("hidden_size", "ffn_hidden_size")
 def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool = False) -> Arch:
     """`arch` with the sizes that `target` asks for. `exported`: it must be one that transformers can express.
 
-    Raises RequestError, naming the setting, for a size larger than the model's, not divisible, or an axis this model lacks.
+    Raises RequestError, naming the setting as it was given, for a size larger than the model's, not divisible, or an axis this model lacks.
     """
     if target.num_moe_experts is not None:
         raise refuse("target.num_moe_experts", target.num_moe_experts, "this model has no experts; null is needed")
-    whole = {name: _size(name, getattr(target, name), getattr(arch, name), target.multiple_of) for name in ("num_layers", "hidden_size")}
-    stage_layers(whole["num_layers"], parallel.pp * parallel.vpp)
+    check_layout(arch, parallel, "the model's")
+    whole = {name: _size(name, target, getattr(target, name), getattr(arch, name)) for name in ("num_layers", "hidden_size")}
+    check_stages(whole["num_layers"], parallel, "the target's")
     lists = {name: asked for name in _PER_LAYER if isinstance(asked := getattr(target, name), list)}
     for name, asked in lists.items():
         if len(asked) != whole["num_layers"]:
@@ -44,17 +45,40 @@ def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool =
 def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str, int]) -> Layer:
     """The sizes of one block; `listed` are those that were given for it alone."""
     asked = {name: listed.get(name, getattr(target, name)) for name in _PER_LAYER}
-    sizes = {name: _size(name, asked[name], getattr(arch, name), target.multiple_of) for name in _PER_LAYER}
+    sizes = {name: _size(name, target, asked[name], getattr(arch, name)) for name in _PER_LAYER}
     groups, heads = sizes["num_query_groups"], sizes["num_attention_heads"]
     if asked["num_attention_heads"] is None:
         heads = sizes["num_attention_heads"] = groups * arch.heads_per_group
     if heads % groups:
-        raise refuse("target.num_attention_heads", heads, f"every KV group keeps the same number of heads: a multiple of {groups} is needed")
+        raise impossible("num_attention_heads", target, heads, f"every KV group keeps the same number of heads: a multiple of {groups} is needed")
     if heads // groups > arch.heads_per_group:
-        raise refuse("target.num_attention_heads", heads, f"a KV group has {arch.heads_per_group} heads: at most {groups * arch.heads_per_group}")
+        most = groups * arch.heads_per_group
+        raise impossible("num_attention_heads", target, heads, f"a KV group has {arch.heads_per_group} heads: at most {most}")
     if sizes["ffn_hidden_size"] % parallel.tp:
-        raise refuse("target.ffn_hidden_size", sizes["ffn_hidden_size"], f"must be divisible by parallel.tp={parallel.tp}")
+        raise impossible("ffn_hidden_size", target, sizes["ffn_hidden_size"], f"must be divisible by parallel.tp={parallel.tp}")
     return Layer(**sizes)
+
+
+def check_layout(arch: Arch, parallel: Parallel, whose: str) -> None:
+    """Refuse a layout that a model can't be laid over; `whose` sizes these are is said."""
+    if arch.ffn_hidden_size % parallel.tp:
+        raise refuse("parallel.tp", parallel.tp, f"must divide {whose} ffn_hidden_size={arch.ffn_hidden_size}")
+    padded(arch, parallel.tp)
+    check_stages(arch.num_layers, parallel, whose)
+
+
+def check_stages(num_layers: int, parallel: Parallel, whose: str) -> None:
+    """Refuse more pipeline stages than layers."""
+    if num_layers < parallel.pp * parallel.vpp:
+        stages = f"pp x vpp = {parallel.pp * parallel.vpp} stages" if parallel.vpp > 1 else "stages"
+        raise refuse("parallel.pp", parallel.pp, f"{stages} need a layer each: at most {whose} number of layers, {num_layers}")
+
+
+def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:
+    """Refuse a target that leaves nothing to prune."""
+    if pruned == arch:
+        name = next(name for name in ("num_layers", "hidden_size", *_PER_LAYER) if getattr(target, name) is not None)
+        raise impossible(name, target, getattr(arch, name), "nothing to prune: the model has these sizes already")
 
 
 def check_layers_by(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None) -> None:
@@ -66,14 +90,21 @@ def check_layers_by(arch: Arch, pruned: Arch, target: Target, skip_layers: int |
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers={needed} is needed with it")
 
 
-def _size(name: str, asked: int | float | None, present: int, multiple_of: int) -> int:
+def impossible(name: str, target: Target, size: int, reason: str) -> RequestError:
+    """The refusal of a size, which shows what was asked for and, where that is not the size itself, what it comes to."""
+    asked = getattr(target, name)
+    became = "" if asked == size else f"{size} in it: " if isinstance(asked, list) else f"comes to {size}: "
+    return refuse(f"target.{name}", asked, f"{became}{reason}")
+
+
+def _size(name: str, target: Target, asked: int | float | None, present: int) -> int:
     if asked is None:
         return present
     if isinstance(asked, float):
         if asked >= 1:
             raise refuse(f"target.{name}", asked, "a whole number, or a fraction below 1, is needed")
-        step = multiple_of if name in _ROUNDED else 1
+        step = target.multiple_of if name in _ROUNDED else 1
         return min(present, max(step, round(asked * present / step) * step))
     if asked > present:
-        raise refuse(f"target.{name}", asked, f"the model has {present}: pruning can only make it smaller")
+        raise impossible(name, target, asked, f"the model has {present}: pruning can only make it smaller")
     return asked

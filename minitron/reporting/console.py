@@ -1,35 +1,78 @@
-"""What a run prints: progress, the banner of a stage, the table at the end. Plain lines where stdout is not a terminal."""
+"""What a run prints: progress, the banner of a stage, its outcome, the table at the end. Plain lines where stdout is not a terminal.
+
+Numbers are never cut: where a terminal is too narrow for all of a bar or a table, what matters least is left out.
+"""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from minitron.reporting.results import ABSENT, Evals, Row, decimal, percent, rows, size, task_rows
+from minitron.reporting.results import HELD_OUT, MODELS, STUDENT, Evals, Row, rows, task_rows
+from minitron.reporting.wording import ABSENT, counted, decimal, percent, size
 
 Advance = Callable[..., None]
-PLAIN_LINES = 10  # lines that a progress prints where there is no terminal
-_LABELS = {"tokens_per_second": "tokens/s", "kd_loss": "kd loss", "grad_norm": "grad norm", "valid_loss": "valid loss"}
+PLAIN_LINES = 10  # lines that a progress prints at least where there is no terminal,
+PLAIN_SECONDS = 30.0  # and the longest that it says nothing while turns are done
+BAR_LEAST = 10  # characters
+UNBOUNDED = 10_000  # characters: wider than anything here
+LEFT_OUT = ("tokens/s", "params", "perplexity", "gap closed")  # columns of the table that a narrow terminal goes without, the first one first
 
 
-def field_text(fields: Mapping[str, Any]) -> str:
-    """The numbers beside a bar: {"loss": 3.21, "tokens_per_second": 1234.5} -> "loss 3.21 · tokens/s 1,234"."""
-    return " · ".join(f"{_LABELS.get(name, name)} {_short(value)}" for name, value in fields.items())
+def say(text: str, *, console: Console | None = None) -> None:
+    """One line about what a stage found or made, in the log at once."""
+    (console or Console()).out(f"  {text}", highlight=False)
+
+
+def field_text(fields: Mapping[str, Any], width: int = UNBOUNDED) -> str:
+    """The numbers beside a bar: {"loss": 3.21, "tokens/s": 1234.5} -> "loss 3.21 · tokens/s 1,234", broken between two of them after `width`."""
+    lines: list[str] = []
+    for name, value in fields.items():
+        text = f"{name} {_short(value)}"
+        if lines and len(lines[-1]) + len(text) + 3 <= width:
+            lines[-1] += f" · {text}"
+        else:
+            lines.append(text)
+    return "\n".join(lines)
+
+
+def natural_width(shown: RenderableType, console: Console) -> int:
+    """Characters that a table needs to be shown without a break or a cut."""
+    return Measurement.get(console, console.options.update(max_width=UNBOUNDED), shown).maximum
+
+
+def fitting(tables: Iterable[Table], console: Console) -> Table:
+    """The first of `tables`, which get narrower, that the console has room for; the last where none has."""
+    table = Table()
+    for table in tables:
+        if natural_width(table, console) <= console.width:
+            break
+    return table
 
 
 def _short(value: Any) -> str:
     """Four significant digits; large numbers whole, with their thousands separated."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
 
 
 def _clock(seconds: float) -> str:
@@ -42,8 +85,8 @@ def _clock(seconds: float) -> str:
 def progress(description: str, total: int, enabled: bool, *, start: int = 0, console: Console | None = None) -> Iterator[Advance]:
     """Show how far a loop of `total` turns has come, `start` of them done before. Yields `advance(n=1, **fields)`.
 
-    Fields (loss=..., tokens_per_second=...) stay beside the bar until they change. On a terminal it is a bar, elsewhere
-    about ten plain lines; nothing at all if not `enabled` (as on every rank but one).
+    Fields (loss=...) stay beside the bar until they change. On a terminal it is a bar, elsewhere a plain line for every tenth
+    that is done and at the first turn after `PLAIN_SECONDS` without one; nothing at all if not `enabled` (as on every rank but one).
     """
     console = console or Console()
     if not enabled:
@@ -56,63 +99,78 @@ def progress(description: str, total: int, enabled: bool, *, start: int = 0, con
 
 
 def counter(description: str, enabled: bool, *, every: float = 5.0, console: Console | None = None) -> Callable[[str, int, int], None]:
-    """For work whose length nobody knows: `count(what, documents, tokens)` prints a line every `every` seconds."""
+    """For work whose length nobody knows: `count(what, documents, tokens)` prints a line when `what` is new, then every `every` seconds."""
     console = console or Console()
-    said = time.monotonic()
+    said: dict[str, float] = {}
 
     def count(what: str, documents: int, tokens: int) -> None:
-        nonlocal said
-        if enabled and time.monotonic() - said > every:
-            said = time.monotonic()
-            console.out(f"{description} {what}: {documents:,} documents, {tokens:,} tokens", highlight=False)
+        now = time.monotonic()
+        if enabled and now - said.get(what, -every) >= every:
+            said[what] = now
+            console.out(f"{description} {what}: {counted(documents, 'document')}, {counted(tokens, 'token')}", highlight=False)
 
     return count
 
 
 class _Bar(Progress):
-    """One task; its numbers have a line of their own, so that the bar keeps its length on a narrow terminal."""
+    """One task; its numbers have lines of their own, so that the bar keeps its length on a narrow terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.terminal = console  # Progress has one of its own, but asks for what it shows before it is there
+        name, self.bar = TextColumn("[bold]{task.description}"), BarColumn(None, complete_style="blue", finished_style="blue")
+        share, count = TaskProgressColumn("{task.percentage:>3.0f} %", style="bold"), MofNCompleteColumn()
+        elapsed, remaining = TimeElapsedColumn(), (TextColumn("ETA", style="dim"), TimeRemainingColumn())
+        self.layouts: tuple[tuple[ProgressColumn, ...], ...] = (
+            (name, self.bar, share, count, elapsed, *remaining),
+            (name, self.bar, share, count, *remaining),
+            (name, self.bar, share, *remaining),
+            (name, self.bar, share),
+            (name, share),
+        )
+        super().__init__(*self.layouts[0], console=console, expand=True, refresh_per_second=4)
 
     def get_renderables(self) -> Iterator[RenderableType]:
+        """Asked for anew at every refresh, so it follows a terminal that changes its width."""
+        self.columns = next((layout for layout in self.layouts if self._least_width(layout) <= self.terminal.width), self.layouts[-1])
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if task.fields["numbers"]:
-                yield Text(f"  {task.fields['numbers']}", style="dim", no_wrap=True, overflow="ellipsis")
+                numbers = field_text(task.fields["numbers"], self.terminal.width - 2)
+                yield Text("\n".join(f"  {line}" for line in numbers.split("\n")), style="dim")
+
+    def _least_width(self, layout: tuple[ProgressColumn, ...]) -> int:
+        """Characters that these columns need, `BAR_LEAST` of them for the bar, which by itself takes any width."""
+        self.columns = tuple(column for column in layout if column is not self.bar)
+        return natural_width(self.make_tasks_table(self.tasks), self.terminal) + (BAR_LEAST + 1) * (self.bar in layout)
 
 
 @contextlib.contextmanager
 def _bar(description: str, total: int, start: int, console: Console) -> Iterator[Advance]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None, complete_style="blue", finished_style="blue"),
-        TaskProgressColumn("{task.percentage:>3.0f} %", style="bold"),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA", style="dim"),
-        TimeRemainingColumn(),
-    )
     shown: dict[str, Any] = {}
-    with _Bar(*columns, console=console, expand=True, refresh_per_second=4) as bar:
-        task = bar.add_task(escape(description), total=total, completed=start, numbers="")
+    with _Bar(console) as bar:
+        task = bar.add_task(escape(description), total=total, completed=start, numbers={})
 
         def advance(n: int = 1, **fields: Any) -> None:
             shown.update(fields)
-            bar.update(task, advance=n, numbers=field_text(shown))
+            bar.update(task, advance=n, numbers={**shown})  # a copy: the bar is drawn by a thread of its own
 
         yield advance
 
 
 def _plain_lines(description: str, total: int, start: int, console: Console) -> Advance:
-    """`advance` that prints a line whenever another tenth of what there is to do is done."""
-    began, done, shown = time.monotonic(), start, {}
+    """`advance` that prints a line whenever another tenth of what there is to do is done, or the last line is `PLAIN_SECONDS` old."""
+    said = began = time.monotonic()
+    done, shown = start, {}
 
     def advance(n: int = 1, **fields: Any) -> None:
-        nonlocal done
-        before, done = done, done + n
+        nonlocal done, said
+        before, done, now = done, done + n, time.monotonic()
         shown.update(fields)
         todo = max(total - start, 1)
-        if (done - start) * PLAIN_LINES // todo == (before - start) * PLAIN_LINES // todo:
+        same_tenth = (done - start) * PLAIN_LINES // todo == (before - start) * PLAIN_LINES // todo
+        if same_tenth and now - said < PLAIN_SECONDS:
             return
-        elapsed = time.monotonic() - began
+        said, elapsed = now, now - began
         remaining = elapsed / (done - start) * max(total - done, 0)
         line = f"{description} {done:,}/{total:,} ({done * 100 // max(total, 1)} %) elapsed {_clock(elapsed)} ETA {_clock(remaining)}"
         console.out(line + (f" {field_text(shown)}" if shown else ""), highlight=False)
@@ -136,34 +194,36 @@ def final_table(evals: Evals, notes: Mapping[str, str] | None = None, *, console
     console = console or Console()
     console.print()
     if found := rows(evals):
-        console.print(_losses(found))
+        names = max(10, console.width // 7)
+        console.print(fitting((_losses(found, LEFT_OUT[:count], names) for count in range(len(LEFT_OUT) + 1)), console))
     if tasks := task_rows(evals):
         console.print(_tasks(tasks))
     for what, where in (notes or {}).items():
         console.print(Text.assemble((f" {what:<8} ", "dim"), where), soft_wrap=True, highlight=False)
 
 
-def _losses(found: list[Row]) -> Table:
+def _losses(found: list[Row], left_out: tuple[str, ...], names: int) -> Table:
+    """The table without the columns `left_out`; names of texts are folded after `names` characters."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("text", overflow="fold")
+    table.add_column("text", overflow="fold", max_width=names)
     table.add_column("model", no_wrap=True)
-    for heading in ("params", "loss", "perplexity", "gap closed", "tokens/s"):
+    columns: dict[str, Callable[[Row], str]] = {
+        "params": lambda row: size(row.parameters),
+        "loss": lambda row: decimal(row.loss, 3),
+        "perplexity": lambda row: decimal(row.perplexity),
+        "gap closed": lambda row: percent(row.gap_closed) if row.model == STUDENT else "",
+        "tokens/s": lambda row: decimal(row.tokens_per_second, 0) if row.text == HELD_OUT else "",
+    }
+    shown = [(heading, write) for heading, write in columns.items() if heading not in left_out]
+    for heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in found:
         first = row.text != previous
         if first and previous is not None:
             table.add_section()
-        table.add_row(
-            Text(row.text if first else ""),
-            Text(row.model),
-            size(row.parameters),
-            decimal(row.loss, 3),
-            decimal(row.perplexity),
-            Text(percent(row.gap_closed) if row.model == "distilled" else ""),
-            decimal(row.tokens_per_second, 0),
-            style="bold" if row.model == "distilled" else None,
-        )
+        numbers = [Text(write(row)) for _, write in shown]
+        table.add_row(Text(row.text if first else ""), Text(row.model), *numbers, style="bold" if row.model == STUDENT else None)
         previous = row.text
     return table
 
@@ -171,7 +231,7 @@ def _losses(found: list[Row]) -> Table:
 def _tasks(tasks: list[tuple[str, list[float | None]]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
-    for heading in ("teacher", "pruned", "distilled"):
+    for heading in MODELS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in tasks:
         table.add_row(Text(name), *(ABSENT if value is None else f"{value:.4g}" for value in values))

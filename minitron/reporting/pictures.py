@@ -1,6 +1,6 @@
 """The report's pictures: what was cut, what the scores say, how the losses went. Each is inline SVG with a caption.
 
-Blue is what was kept, and the distilled model; vermilion what was cut, and the pruned model before distillation; grey the teacher.
+Blue is what was kept, and the student; vermilion what was cut, and the pruned model before distillation; grey the teacher.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from minitron.arch import Arch
 from minitron.arch.axes import dim_size, parameters
 from minitron.reporting.drawing import LIGHT, bare, boxes, draw, heat_key, heat_map, layer_ticks
-from minitron.reporting.results import MODELS, Evals, decimal, gap_on, measured, percent, ratio, size, text_names
+from minitron.reporting.results import MODELS, Evals, gap_on, measured, text_names
 from minitron.reporting.runfiles import Arrays
+from minitron.reporting.wording import decimal, percent, ranged, ratio, size, size_of
 
 Floats = npt.NDArray[np.float64]
 Units = npt.NDArray[np.int64]
@@ -46,10 +48,10 @@ class Picture:
 def part_parameters(arch: Arch) -> dict[str, int]:
     """Parameters by part of the model; a block's norms are counted with what they feed."""
     parts = {"embedding and head": 0, "attention": 0, "MLP": 0}
-    for row, _ in parameters(arch):
+    for row, layer in parameters(arch):
         attention = "self_attention" in row.name or "input_layernorm" in row.name
         part = "attention" if attention else "MLP" if row.per_layer else "embedding and head"
-        parts[part] += math.prod(dim_size(dim, arch) for dim in row.dims)
+        parts[part] += math.prod(dim_size(dim, arch.layer(layer)) for dim in row.dims)
     return parts
 
 
@@ -75,22 +77,23 @@ def parameter_bars(original: Arch, pruned: Arch) -> Picture:
 def blueprint(original: Arch, pruned: Arch, keep: Arrays) -> Picture:
     """The whole model to scale: one row per layer, one bar per axis, the kept length solid and the cut length pale."""
     columns = (
-        ("hidden", "hidden", original.hidden_size, pruned.hidden_size, 1),
-        ("heads", "heads.{}", original.num_attention_heads, pruned.num_attention_heads, original.kv_channels),
-        ("MLP neurons", "ffn.{}", original.ffn_hidden_size, pruned.ffn_hidden_size, 1),
+        ("hidden", "hidden", "hidden_size", 1),
+        ("heads", "heads.{}", "num_attention_heads", original.kv_channels),
+        ("MLP neurons", "ffn.{}", "ffn_hidden_size", 1),
     )
     layers = original.num_layers
-    total = sum(units * width for _, _, units, _, width in columns)
+    total = sum(getattr(original, field) * width for _, _, field, width in columns)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         left = 0.0
-        for name, key, units, now, width in columns:
+        for name, key, field, width in columns:
+            units, before, now = getattr(original, field), size_of(original, field), size_of(pruned, field)
             kept = np.array([len(keep[key.format(layer)]) if layer in keep["layers"] else 0 for layer in range(layers)]) * width
             row, height = np.arange(layers) + 0.14, np.full(layers, 0.72)
             axes.add_patch(boxes(np.stack([np.full(layers, left), row, kept, height], axis=1), KEPT))
             axes.add_patch(boxes(np.stack([left + kept, row, units * width - kept, height], axis=1), CUT_SOFT))
-            label = f"{units:,} → {now:,}" if now != units else f"{units:,}, all kept"
+            label = f"{before} → {now}" if now != before else f"{before}, all kept"
             axes.annotate(name, (left, 0), (0, 15), textcoords="offset points", fontweight="bold", annotation_clip=False)
             axes.annotate(label, (left, 0), (0, 3), textcoords="offset points", fontsize=SMALL, color=MUTED, annotation_clip=False)
             left += units * width + 0.05 * total
@@ -108,13 +111,16 @@ def blueprint(original: Arch, pruned: Arch, keep: Arrays) -> Picture:
 
 
 def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str | None = None) -> list[Picture]:
-    """One picture per axis that has scores; `criterion` is what they were measured by."""
+    """One picture per axis that has scores, two of layers that were also left out; `criterion` is what scores were measured by."""
     pictures = []
     kept = keep or {}
     if "hidden" in importance:
         pictures.append(hidden_curve(importance["hidden"].astype(float), kept.get("hidden")))
     if "layers.bi" in importance:
         pictures.append(layer_bars(importance["layers.bi"].astype(float), kept.get("layers"), criterion))
+    if "layers.bi" in importance and "layers.loss" in importance:
+        skipped = loss_without_layers(importance["layers.loss"].astype(float), len(importance["layers.bi"]), kept.get("layers"))
+        pictures = [*pictures[-1:], skipped, *pictures[:-1]]  # the two of layers side by side
     for axis, paint in (("ffn", ffn_map), ("heads", heads_map), ("groups", heads_map)):
         layers = [importance[f"{axis}.{layer}"].astype(float) for layer in range(len(importance)) if f"{axis}.{layer}" in importance]
         pruned = keep is None or any(len(keep[f"{axis}.{layer}"]) < len(layers[layer]) for layer in keep["layers"] if layers)
@@ -168,10 +174,37 @@ def layer_bars(scores: Floats, kept: Units | None, criterion: str | None) -> Pic
         axes.bar(at[~dropped], scores[~dropped], width=0.72, color=KEPT)
         axes.bar(at[dropped], scores[dropped], width=0.72, color=CUT_SOFT, edgecolor=CUT, hatch="////", linewidth=0.8)
         axes.set(xlim=(-0.6, len(scores) - 0.4), xlabel="layer", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     which = ", ".join(map(str, at[dropped]))
     outcome = f" Hatched, dropped: {which}." if dropped.any() else " No layer was dropped." if kept is not None else ""
     return Picture("Layers", meaning + outcome, draw("layers", 220, paint))
+
+
+def loss_without_layers(losses: Floats, layers: int, kept: Units | None) -> Picture:
+    """The loss [runs] without every run of neighbouring layers, by the run's first layer; those that were dropped are crosses."""
+    first, length = np.arange(len(losses)), layers - len(losses) + 1
+    stays = np.ones(layers, dtype=bool) if kept is None else np.isin(np.arange(layers), kept)
+    dropped = np.array([not stays[at : at + length].any() for at in first], dtype=bool)
+    known = np.isfinite(losses)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.grid(axis="y")
+        axes.plot(first[known], losses[known], color=KEPT_SOFT, linewidth=1.2)
+        axes.plot(first[known & ~dropped], losses[known & ~dropped], "o", color=KEPT, markersize=4.5)
+        axes.plot(first[known & dropped], losses[known & dropped], "x", color=CUT, markersize=6, markeredgewidth=1.8)
+        label = "layer left out" if length == 1 else f"first of the {length} layers left out"
+        axes.set(xlim=(-0.6, layers - 0.4), xlabel=label, ylabel="loss (nats per token)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    what = "a layer" if length == 1 else f"{length} layers in a row"
+    told = f"Next-token loss without {what}"
+    if known.any():
+        at = int(np.nanargmin(np.where(known, losses, np.nan)))
+        told += f"; the lowest, {decimal(float(losses[at]), 3)}, without {f'layer {at}' if length == 1 else f'layers {at} to {at + length - 1}'}"
+    cross = " Cross: dropped." if dropped.any() else ""
+    return Picture(f"Loss without {what}", f"{told}.{cross}", draw("skipped", 220, paint))
 
 
 def relative(scores: Floats) -> tuple[Floats, float, float]:
@@ -206,7 +239,7 @@ def ffn_map(axis: str, scores: Floats, keep: Arrays | None) -> Picture:
         heat_key(axes, f"{2**low:.2g}×", f"{2**high:.2g}× mean")
 
     where = sorted(set(counts.values()))
-    line = f" Line: the cut after {' to '.join(f'{count:,}' for count in where[:: max(len(where) - 1, 1)])}." if where and where[0] < neurons else ""
+    line = f" Line: the cut after {ranged(where[0], where[-1])}." if where and where[0] < neurons else ""
     return Picture("MLP neurons", f"Score relative to the layer's mean, highest first.{line}", draw(axis, 300, paint))
 
 
@@ -338,10 +371,10 @@ def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Pict
         for key, color, above in (("pruned", CUT, 3), ("teacher", MUTED, -12)):
             if key in levels:
                 axes.axhline(levels[key], color=color, linewidth=1.2, linestyle=(0, (4, 2)))
-                axes.annotate(f"{MODELS[key]} {decimal(levels[key])}", (1, levels[key]), (0, above), xycoords=("axes fraction", "data"),
+                axes.annotate(f"{key} {decimal(levels[key])}", (1, levels[key]), (0, above), xycoords=("axes fraction", "data"),
                               textcoords="offset points", ha="right", color=color)  # fmt: skip
         axes.plot(*thin(tokens, loss, DOTS_SHOWN), "-o", color=KEPT, linewidth=1.8, markersize=3)
-        axes.annotate(f"distilled {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
+        axes.annotate(f"student {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
         axes.margins(y=0.12)
         axes.set_ylabel("loss (nats per token)")
         tokens_axis(axes, tokens[-1])
@@ -378,5 +411,5 @@ def loss_dots(evals: Evals) -> Picture:
         axes.margins(x=0.08)
         bare(axes)
 
-    caption = "Grey: teacher. Orange: pruned. Blue: distilled. Further left is better."
+    caption = "Grey: teacher. Orange: pruned. Blue: student. Further left is better."
     return Picture("Loss on every text", caption, draw("losses", 60 + 75 * len(texts), paint))

@@ -1,7 +1,6 @@
 """`report.html`: one self-contained page about a run, made of whatever the run's folder holds so far."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import minitron
@@ -9,11 +8,11 @@ from minitron.arch import Arch
 from minitron.arch.counts import count
 from minitron.files import write_text
 from minitron.reporting import page, pictures
-from minitron.reporting.results import ABSENT, HELD_OUT, MODELS, Evals, decimal, gap_on, percent, ratio, rows, size, task_rows
+from minitron.reporting.results import HELD_OUT, MODELS, STUDENT, Evals, gap_on, rows, task_rows
 from minitron.reporting.runfiles import RunFiles, read_run
+from minitron.reporting.wording import ABSENT, SIZES, decimal, kept_of, percent, ratio, size, size_of
 
 REPORT = "report.html"
-DISTILLED = MODELS["student"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -68,17 +67,17 @@ def headline(run: RunFiles) -> list[tuple[str, str, str]]:
     evals: Evals = run.evals or {}
     before = run.original.num_parameters() if run.original else evals.get("teacher", {}).get("params")
     after = run.pruned.num_parameters() if run.pruned else evals.get("student", evals.get("pruned", {})).get("params")
-    latest = next((key for key in ("student", "pruned", "teacher") if key in evals), "student")
+    latest = next((key for key in reversed(MODELS) if key in evals), STUDENT)
 
     def against(name: str, digits: int) -> tuple[str, str]:
-        others = [f"{MODELS[key]} {decimal(evals[key].get(name), digits)}" for key in MODELS if key in evals and key != latest]
+        others = [f"{key} {decimal(evals[key].get(name), digits)}" for key in MODELS if key in evals and key != latest]
         return decimal(evals.get(latest, {}).get(name), digits), " · ".join(others)
 
     gap = gap_on(evals, HELD_OUT)
     return [
         ("Parameters", size(after), f"{percent(ratio(after, before))} of {size(before)}"),
-        (f"Held-out loss, {MODELS[latest]}", *against("loss", 3)),
-        (f"Perplexity, {MODELS[latest]}", *against("perplexity", 2)),
+        (f"Held-out loss, {latest}", *against("loss", 3)),
+        (f"Perplexity, {latest}", *against("perplexity", 2)),
         ("Loss gap closed", percent(gap), "0 % is pruned, 100 % is the teacher"),
     ]
 
@@ -88,10 +87,10 @@ def outcome(evals: Evals) -> str:
     teacher = evals.get("teacher", {}).get("params")
     lines = [
         (row.model, size(row.parameters), percent(ratio(row.parameters, teacher)), decimal(row.loss, 3), decimal(row.perplexity),
-         percent(row.gap_closed) if row.model == DISTILLED else "")
+         percent(row.gap_closed) if row.model == STUDENT else "")
         for row in rows(evals) if row.text == HELD_OUT
     ]  # fmt: skip
-    return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=DISTILLED)
+    return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=STUDENT)
 
 
 def architecture(run: RunFiles) -> str:
@@ -105,31 +104,25 @@ def architecture(run: RunFiles) -> str:
     return page.section("architecture", "Architecture", page.grid(page.stack(bars, sizes), drawing))
 
 
-SIZES = {
-    "Layers": "num_layers",
-    "Hidden size": "hidden_size",
-    "MLP neurons per layer": "ffn_hidden_size",
-    "Attention heads": "num_attention_heads",
-    "KV groups": "num_query_groups",
-    "Channels per head": "kv_channels",
-    "Vocabulary": "vocab_size",
-}
-
-
 def size_rows(original: Arch, pruned: Arch, seq_length: int | None) -> list[tuple[str, str, str, str]]:
     """The table of sizes and costs; FLOPs are told for sequences of `seq_length` tokens (the longest that fit if None)."""
     length = seq_length or original.max_position_embeddings
     before, after = count(original, length), count(pruned, length)
-    lines: list[tuple[str, float, float, Callable[[float], str]]] = [
-        (name, getattr(original, field), getattr(pruned, field), "{:,}".format) for name, field in SIZES.items()
+    lines = [
+        (name[0].upper() + name[1:], size_of(original, field), size_of(pruned, field), kept_of(original, pruned, field))
+        for name, field in SIZES.items()
     ]
-    costs: dict[str, tuple[str, Callable[[float], str]]] = {
-        "Parameters": ("parameters", size),
-        "Forward FLOPs per token": ("flops_per_token", size),
-        "KV cache per token, bf16": ("kv_cache_bytes_per_token", lambda value: f"{value / 1024:,.1f} KiB"),
-    }
-    lines += [(name, getattr(before, field), getattr(after, field), show) for name, (field, show) in costs.items()]
-    return [(name, show(old), show(new), percent(new / old, 0)) for name, old, new, show in lines]
+    costs = (
+        ("Parameters", before.parameters, after.parameters, size),
+        ("Forward FLOPs per token", before.flops_per_token, after.flops_per_token, size),
+        ("KV cache per token, bf16", before.kv_cache_bytes_per_token, after.kv_cache_bytes_per_token, kibibytes),
+    )
+    return lines + [(name, show(old), show(new), percent(new / old, 0)) for name, old, new, show in costs]
+
+
+def kibibytes(count: float) -> str:
+    """Bytes as KiB: 23040 -> "22.5 KiB"."""
+    return f"{count / 1024:,.1f} KiB"
 
 
 def importance(run: RunFiles) -> str:
@@ -158,23 +151,15 @@ def evaluation(run: RunFiles) -> str:
     found = rows(run.evals)
     lines, previous = [], None
     for row in found:
-        gap = percent(row.gap_closed) if row.model == DISTILLED else ""
-        lines.append(
-            (
-                "" if row.text == previous else row.text,
-                row.model,
-                decimal(row.loss, 3),
-                decimal(row.perplexity),
-                gap,
-                decimal(row.tokens_per_second, 0),
-            )
-        )
+        gap = percent(row.gap_closed) if row.model == STUDENT else ""
+        speed = decimal(row.tokens_per_second, 0) if row.text == HELD_OUT else ""
+        lines.append(("" if row.text == previous else row.text, row.model, decimal(row.loss, 3), decimal(row.perplexity), gap, speed))
         previous = row.text
-    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=DISTILLED, texts=2)
+    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=STUDENT, texts=2)
     cards = [page.table_card("Texts", losses), page.card(pictures.loss_dots(run.evals))]
     if tasks := task_rows(run.evals):
         shown = [(name, *(ABSENT if value is None else f"{value:.4g}" for value in values)) for name, values in tasks]
-        cards.append(page.table_card("Tasks", page.table(("Task", "Teacher", "Pruned", "Distilled"), shown)))
+        cards.append(page.table_card("Tasks", page.table(("Task", *map(str.capitalize, MODELS)), shown)))
     return page.section("evaluation", "Evaluation", page.grid(*cards))
 
 

@@ -1,21 +1,21 @@
-"""What an evaluation says, as rows and as text. Pure: the console's table and the report's are made of the same rows."""
+"""What an evaluation says, as rows. Pure: the console's table and the report's are made of the same rows."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-MODELS = {"teacher": "teacher", "pruned": "pruned", "student": "distilled"}  # key of eval.json -> what a reader sees
+MODELS = ("teacher", "pruned", "student")  # the keys of eval.json, and what a reader sees
+STUDENT = "student"
 HELD_OUT = "held-out"
-ABSENT = "–"
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 Evals = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model on one text. `loss` in nats per token; `gap_closed` is a fraction, only the distilled model has one."""
+    """One model on one text. `loss` in nats per token; `gap_closed` is a fraction, only the student has one; the speed is
+    that on the held-out text, and told there alone."""
 
     text: str
     model: str
@@ -54,19 +54,19 @@ def gap_on(evals: Evals, text: str) -> float | None:
 
 
 def rows(evals: Evals) -> list[Row]:
-    """Every model on every text, text by text, in the order teacher, pruned, distilled; models without measurements are left out."""
+    """Every model on every text, text by text, in the order of `MODELS`; models without measurements are left out."""
     return [
         Row(
             text=text,
-            model=shown,
+            model=key,
             parameters=evals[key].get("params"),
             loss=measured(evals, key, text).get("loss"),
             perplexity=measured(evals, key, text).get("perplexity"),
-            gap_closed=gap_on(evals, text) if key == "student" else None,
-            tokens_per_second=evals[key].get("tokens_per_second"),
+            gap_closed=gap_on(evals, text) if key == STUDENT else None,
+            tokens_per_second=evals[key].get("tokens_per_second") if text == HELD_OUT else None,
         )
         for text in text_names(evals)
-        for key, shown in MODELS.items()
+        for key in MODELS
         if measured(evals, key, text)
     ]
 
@@ -87,26 +87,3 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found.append((f"{prefix}{name}", float(value)))
     return found
-
-
-def size(count: float | None) -> str:
-    """A count as people say it: 134515008 -> "134.5 M"."""
-    if count is None:
-        return ABSENT
-    scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
-    return f"{count / scale:.1f} {unit}" if unit else f"{count:,.0f}"
-
-
-def decimal(value: float | None, digits: int = 2) -> str:
-    """A number with a fixed number of decimals and thousands separated."""
-    return ABSENT if value is None else f"{value:,.{digits}f}"
-
-
-def percent(fraction: float | None, digits: int = 1) -> str:
-    """A fraction in percent: 0.827 -> "82.7 %"."""
-    return ABSENT if fraction is None else f"{100 * fraction:.{digits}f} %"
-
-
-def ratio(part: float | None, whole: float | None) -> float | None:
-    """`part / whole`, None where either is missing or the whole is zero."""
-    return None if part is None or not whole else part / whole

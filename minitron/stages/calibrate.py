@@ -11,11 +11,11 @@ import torch
 import minitron
 from minitron import engine
 from minitron.config.schema import Config
-from minitron.errors import refuse
 from minitron.importance.depth import losses_without
 from minitron.importance.hooks import Probes
 from minitron.importance.scores import FILE, LAYERS_LOSS, Scores, collect, magnitude_scores, provenance, random_scores
-from minitron.reporting.console import progress
+from minitron.reporting.console import progress, say
+from minitron.reporting.wording import prepared
 from minitron.session import Session, session
 
 if TYPE_CHECKING:
@@ -42,19 +42,22 @@ def work(opened: Session) -> None:
 
         samples = Windows(opened.data.blend("calibration"), cfg.calibrate.seq_length, count=cfg.calibrate.samples, shuffle_seed=cfg.seed,
                           setting="calibrate.samples")  # fmt: skip
+        if world.is_main:
+            for name, _ in opened.data.splits["calibration"]:
+                say(prepared(name, opened.data.parts[name]))
         data_hash = "-".join(opened.data.parts[name].sha256["bin"][:16] for name, _ in opened.data.splits["calibration"])
         tensors = measure(opened.load_source(), samples, opened)
     settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
     scores = Scores(tensors, provenance(opened.source.fingerprint(), data_hash, settings, minitron.__version__))
     engine.on_main(world, lambda: scores.save(opened.folder / FILE))
     opened.mark("calibrate", done=True)
+    if world.is_main:
+        say(f"{opened.folder / FILE}: a score for every unit, by {cfg.calibrate.criterion}")
 
 
 def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str, torch.Tensor]:
     """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet once, at the end."""
     settings, world = opened.cfg.calibrate, opened.world
-    if settings.samples < world.dp:
-        raise refuse("calibrate.samples", settings.samples, f"at least one per data-parallel replica, {world.dp}, is needed")
     mine = range(world.dp_rank, len(samples), world.dp)
     starts = range(0, len(mine), settings.micro_batch_size)
     microbatches = (torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]]) for start in starts)

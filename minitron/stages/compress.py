@@ -12,26 +12,22 @@ from minitron.reporting.report import write_report
 from minitron.session import Session, session
 from minitron.stages import calibrate, data, distill, evaluate, export, prune
 
-# verb, its work, and the file whose absence means that the work is to be done again
-STAGES: tuple[tuple[str, Callable[[Session], object], str], ...] = (
-    ("data", data.work, "data/manifest.json"),
-    ("calibrate", calibrate.work, "importance.safetensors"),
-    ("prune", prune.work, "pruned/arch.json"),
-    ("distill", distill.work, "checkpoints/latest"),
-    ("evaluate", evaluate.work, "eval.json"),
-    ("export", export.work, "hf/config.json"),
-)
+STAGES: dict[str, Callable[[Session], object]] = {
+    "data": data.work, "calibrate": calibrate.work, "prune": prune.work, "distill": distill.work, "evaluate": evaluate.work, "export": export.work,
+}  # fmt: skip
 
 
 def run(cfg: Config) -> None:
     """Open the run, do its stages in order, report."""
     with session(cfg, "compress") as opened:
-        for number, (verb, work, artifact) in enumerate(STAGES, start=1):
+        for number, (verb, work) in enumerate(STAGES.items(), start=1):
             # a stage that begins anew marks those after it as out of date
-            done = opened.is_done(verb, artifact)
+            done = opened.is_done(verb)
             if opened.world.is_main:
                 stage_banner(number, len(STAGES) + 1, verb, "done before" if done else "")
             if not done:
+                if verb != "data":
+                    opened.data  # noqa: B018 -- texts that are too short for a later stage are refused before any work
                 work(opened)
         engine.on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
 
@@ -43,5 +39,10 @@ def finish(opened: Session, number: int) -> None:
     model = opened.folder / "hf"
     final_table(
         read_json(opened.folder / evaluate.FILE),
-        {"report": str(page), "model": str(model), "load it": f'AutoModelForCausalLM.from_pretrained("{model}")'},
+        {
+            "results": str(opened.folder / evaluate.FILE),
+            "report": str(page),
+            "model": str(model),
+            "load it": f'AutoModelForCausalLM.from_pretrained("{model}")',
+        },
     )

@@ -1,6 +1,8 @@
 """`minitron data`: tokenise the run's texts into Megatron's indexed files."""
 
 from minitron.config.schema import Config
+from minitron.reporting.console import say
+from minitron.reporting.wording import prepared
 from minitron.session import Session, session
 
 
@@ -17,4 +19,4 @@ def work(opened: Session) -> None:
     opened.mark("data", done=True)
     if opened.world.is_main:
         for name, part in manifest.parts.items():
-            print(f"  {name}: {part.documents:,} documents, {part.tokens:,} tokens from {part.source}")
+            say(prepared(name, part))

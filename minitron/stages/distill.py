@@ -10,13 +10,16 @@ import torch
 from minitron import engine
 from minitron.config.schema import Config
 from minitron.distillation.step import distillation_loss
-from minitron.errors import RequestError
-from minitron.reporting.console import progress
+from minitron.reporting.console import progress, say
 from minitron.reporting.tracking import Tracker
+from minitron.reporting.wording import counted
 from minitron.session import Session, session, stop_on_signal
 
 if TYPE_CHECKING:
     from minitron.data.corpus import TrainingSamples, Windows
+
+# figures of a step -> what they are beside the bar: the two losses are different quantities
+SHOWN = {"loss": "distillation loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
 
 
 def run(cfg: Config) -> None:
@@ -29,20 +32,19 @@ def work(opened: Session) -> None:
     """Writes run.dir/checkpoints and metrics.jsonl; continues from the newest checkpoint."""
     opened.mark("distill", done=False)
     cfg, world = opened.cfg, opened.world
+    data = opened.data  # before the models: a text that is too short is refused first
     student = opened.load_pruned()
-    if student.arch.vocab_size != opened.teacher_source.arch.vocab_size:
-        raise RequestError(
-            f"teacher.path={cfg.teacher.path}: vocabulary of {opened.teacher_source.arch.vocab_size}, the student's is {student.arch.vocab_size}"
-        )
-    loss = distillation_loss(student, opened.teacher, cfg.distill, world)
-    held_out(opened)  # too little held-out text is refused before the training, not at the first validation
     opened.check_descent()
+    loss = distillation_loss(student, opened.teacher, cfg.distill, world)
     trainer = engine.Trainer(student, cfg.train, world)
     opened.checkpoints.resume(trainer)
+    if world.is_main and trainer.step:
+        todo = "nothing is left to do" if trainer.step == cfg.train.steps else "goes on from there"
+        say(f"{trainer.step:,} of {cfg.train.steps:,} steps were done before: {todo}")
     from minitron.data.corpus import TrainingSamples
 
     samples = TrainingSamples(
-        opened.data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order",
+        data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order",
         once=lambda make: engine.on_main(world, make),
     )  # fmt: skip
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
@@ -52,6 +54,8 @@ def work(opened: Session) -> None:
         engine.fit(trainer, task, opened.checkpoints, stop_requested)
     trainer.close()
     opened.mark("distill", done=True)
+    if world.is_main:
+        say(f"{opened.checkpoints.path(trainer.step)}: the student after {counted(trainer.step, 'step')}")
 
 
 def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[torch.Tensor]:
@@ -101,8 +105,7 @@ class _metrics:
         def report(line: dict[str, Any]) -> None:
             if self.tracker is not None and (line["step"] % cfg.logging.interval == 0 or "valid_loss" in line):
                 self.tracker.log(line)
-            shown = {"loss": line["loss"], "tokens/s": line["tokens_per_second"]}
-            advance(1, **shown, **({"held-out": line["valid_loss"]} if "valid_loss" in line else {}))
+            advance(1, **{name: line[key] for key, name in SHOWN.items() if key in line})
 
         return report
 

@@ -7,26 +7,33 @@ from typing import Any
 from minitron import engine
 from minitron.config.schema import Config
 from minitron.files import write_json
-from minitron.reporting.console import progress
+from minitron.reporting.console import final_table, progress, say
 from minitron.session import Session, session
 
 FILE = "eval.json"
+MAKERS = {"pruned": "prune", "student": "distill"}  # which verb makes which model
 
 
 def run(cfg: Config) -> None:
-    """Open the run and evaluate."""
+    """Open the run, evaluate, show the results."""
     with session(cfg, "evaluate") as opened:
-        work(opened)
+        results = work(opened)
+        if opened.world.is_main:
+            final_table(results, {"results": str(opened.folder / FILE)})
 
 
 def work(opened: Session) -> dict[str, Any]:
     """Writes run.dir/eval.json for those of teacher, pruned model and student that are there, and returns its content."""
     opened.mark("evaluate", done=False)
+    opened.data  # noqa: B018 -- before the models: a text that is too short is refused first
     models = {"teacher": lambda: opened.teacher}
     if engine.on_main(opened.world, opened.pruned.is_dir):
         models["pruned"] = opened.load_pruned
     if engine.on_main(opened.world, opened.checkpoints.latest) is not None:
         models["student"] = opened.load_student
+    absent = [f"{name} (minitron {verb} makes it)" for name, verb in MAKERS.items() if name not in models]
+    if absent and opened.world.is_main:
+        say(f"evaluates {' and '.join(models)} alone; not here yet: {', '.join(absent)}")
     results = {name: measure(load(), name, opened) for name, load in models.items()}
     engine.on_main(opened.world, lambda: write_json(opened.folder / FILE, results))
     opened.mark("evaluate", done=True)

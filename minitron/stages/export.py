@@ -2,6 +2,7 @@
 
 from minitron import engine
 from minitron.config.schema import Config
+from minitron.reporting.console import say
 from minitron.session import Session, session
 from minitron.weights.save import export
 
@@ -20,4 +21,4 @@ def work(opened: Session) -> None:
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)
     if opened.world.is_main:
-        print(f"  {opened.folder / 'hf'}: the {'student' if trained else 'pruned model, not retrained'}")
+        say(f"{opened.folder / 'hf'}: the {'student' if trained else 'pruned model, not retrained'}")

@@ -11,6 +11,8 @@ from minitron.pruning.keep import FILE as KEEP
 from minitron.pruning.keep import select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
+from minitron.reporting.console import say
+from minitron.reporting.wording import changes, percent, size
 from minitron.session import Session, need, session
 
 
@@ -38,4 +40,5 @@ def work(opened: Session) -> None:
     opened.mark("prune", done=True)
     if opened.world.is_main:
         before, after = original.num_parameters(), target.num_parameters()
-        print(f"  {before / 1e6:.1f} M -> {after / 1e6:.1f} M parameters ({after / before:.0%})")
+        say(f"{size(before)} -> {size(after)} parameters ({percent(after / before)} kept)")
+        say(", ".join(changes(original, target)) or "no size is smaller than the original's")

@@ -1,6 +1,8 @@
 """Where a model comes from: a Hugging Face folder, a hub id, or a .gguf file. Everything cheap is checked before weights are read."""
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -78,14 +80,17 @@ def fetch(path: str, setting: str) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
-    """Write a .gguf model as a Hugging Face folder, its quantised tensors widened to `dtype` (bf16 or fp32)."""
+    """Write a .gguf model as a Hugging Face folder, its quantised tensors widened to `dtype` (bf16 or fp32). Prints that it does."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    print(f"convert {path.name}: its quantised tensors become {dtype} in {folder}", flush=True)
     logging.disable_progress_bar()
     try:
-        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+        # it shows one bar all the same, which goes to whatever stderr is at the time
+        with contextlib.redirect_stderr(io.StringIO()):
+            source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RequestError(f"cannot read {path} as GGUF: {str(error).strip().splitlines()[0]}") from error
@@ -155,15 +160,6 @@ def _opened(file: Path, setting: str) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{setting}: {file} is missing, truncated or not safetensors: {error}") from error
-
-
-def describe(source: Source) -> str:
-    """One line for people."""
-    arch = source.arch
-    return (
-        f"{source.folder}: {arch.family}, {arch.num_parameters() / 1e6:.1f} M parameters, {arch.num_layers} layers, hidden {arch.hidden_size}, "
-        f"ffn {arch.ffn_hidden_size}, heads {arch.num_attention_heads}/{arch.num_query_groups}"
-    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def test_values_that_fit(setting, given_value, value):
         ({"target": {"hidden_size": True}}, "target.hidden_size=true: a number or null is needed"),
         ({"parallel": {"sp": 1}}, "parallel.sp=1: true or false is needed"),
         ({"run": {"dir": 7}}, "run.dir=7: text is needed (a number as text is written 'run.dir=\"7\"')"),
-        ({"data": {"train": ["a", "b"]}}, "data.train=['a', 'b']: text is needed"),
+        ({"data": {"train": ["a", "b"]}}, "data.train=[a, b]: text is needed"),
+        ({"train": {"steps": [1, None]}}, "train.steps=[1, null]: a whole number is needed"),
         ({"eval": {"texts": "a.txt"}}, "eval.texts=a.txt: names are needed below it: eval.texts.NAME=TEXT"),
         ({"eval": {"texts": {"a": None}}}, "eval.texts.a=null: text is needed"),
         ({"parallel": 8}, "parallel=8: this is a group: parallel.tp, parallel.pp"),
@@ -95,7 +96,7 @@ def test_values_out_of_range_are_refused_by_full_name(tree, message):
     ("tree", "message"),
     [
         ({"train": {"stesp": 3}}, "train.stesp=3: there is no such setting; did you mean train.steps?"),
-        ({"trian": {"lr": 3}}, "trian={'lr': 3}: there is no such setting"),
+        ({"trian": {"lr": 3}}, "trian={lr: 3}: there is no such setting"),
         ({"train": {"temperature": 2}}, "train.temperature=2: there is no such setting; did you mean distill.temperature?"),
         ({"sede": 3}, "sede=3: there is no such setting; did you mean seed?"),
         ({"parallel": {"zzz": 3}}, "parallel.zzz=3: there is no such setting; the settings of parallel are tp, pp, vpp"),

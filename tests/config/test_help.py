@@ -43,12 +43,23 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
         "target.num_query_groups=null     KV groups per layer [int | float | list of int > 0 | null]",
         "logging.progress=true           progress bars on the console [true | false]",
         "run.dir=???  folder that receives",
+        "target.num_moe_experts=null      experts per layer; only null works: no model with experts is supported yet",
+        "parallel.ep=1                expert-parallel ranks; only 1 works: no model with experts is supported yet",
+        "teacher.parallel.tp=null  tensor-parallel ranks of the teacher; only null, the student's, or the same number works",
         "Sizes of the compressed model: a size (whole number), a kept fraction",
-        "75  stopped early with everything saved: the same command continues",
+        "75  stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues",
     ],
 )
 def test_default_meaning_type_and_allowed_values(line):
     assert line in verb_help("compress", 200)
+
+
+def test_the_summary_of_compress_has_its_stages_in_order():
+    from minitron.stages.compress import STAGES
+
+    stages = [*STAGES, "report"]
+    summary = VERBS["compress"].summary
+    assert sorted(stages, key=summary.index) == stages
 
 
 def test_every_setting_is_read_by_some_verb():

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron.data.corpus import TrainingSamples, Windows, apportion, batches, eval_batches, num_eval_batches
+from minitron.data.corpus import TrainingSamples, Windows, batches, eval_batches, num_eval_batches
 from minitron.data.indexed import IndexedDatasetBuilder
+from minitron.data.lengths import apportion
 from minitron.errors import RequestError
 
 LENGTHS = [7, 1, 33, 12, 2, 50, 8, 20, 5, 41]  # 179 tokens
@@ -187,6 +188,8 @@ def test_too_few_windows_are_refused(prefix: Path, tmp_path: Path) -> None:
         Windows([(prefix, 1.0)], 179, limit_tokens=100, setting="train.eval_tokens")
     with pytest.raises(RequestError, match=r"^eval.tokens=7: at least one sequence of 8 tokens is needed$"):
         Windows([(prefix, 1.0)], 8, limit_tokens=7)
+    with pytest.raises(RequestError, match=r"^eval.tokens=8: too few for a sequence of 8 tokens of each text of the blend that is long enough$"):
+        Windows([(prefix, 0.1), (write(tmp_path / "short", [8]), 0.9)], 8, limit_tokens=8)
 
 
 @given(count=st.integers(0, 1000), weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6))

@@ -276,10 +276,22 @@ def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert refusal("some_set") == "data.text_key=text: record 0 of some_set has no such field; it has body"
 
 
-def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [{"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["said", "found out"]
+)
+def test_unreachable_hub_is_one_line(how: dict[str, str], tmp_path: Path) -> None:
     # in a process of its own, since the libraries read these variables when they are imported
-    code = "from minitron.data.sources import check_source\ncheck_source('no-such-org/no-such-set', 'data.train')"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = """
+import sys, time
+from minitron.data.sources import check_source
+from minitron.errors import RequestError
+time.sleep = lambda seconds: None  # between attempts
+try:
+    check_source('no-such-org/no-such-set', 'data.train')
+except RequestError as error:
+    sys.exit(str(error))
+"""
+    offline = {**os.environ, **how, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=offline, capture_output=True, text=True)
-    last = ran.stderr.strip().splitlines()[-1]
-    assert last.startswith("minitron.errors.RequestError: data.train=no-such-org/no-such-set: no such file or folder, and split train can't be read")
+    assert ran.stderr.startswith("data.train=no-such-org/no-such-set: no such file or folder, and split train can't be read")
+    assert (ran.stderr.count("\n"), ran.stdout) == (1, "")

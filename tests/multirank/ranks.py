@@ -9,13 +9,14 @@ import functools
 import multiprocessing
 import os
 import pickle
-import queue
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+
+from minitron.errors import LostRank
 
 
 class Layout(NamedTuple):
@@ -112,7 +113,7 @@ class Ranks:
 
     def _results(self, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
-        lost: RuntimeError | None = None
+        lost: Exception | None = None
         until = time.monotonic() + timeout
         while missing := {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}:
             ready = wait(list(missing), timeout=max(0.0, until - time.monotonic()))
@@ -123,8 +124,8 @@ class Ranks:
             for pipe in ready:
                 try:
                     answers[missing[pipe]] = self._answer_of(missing[pipe])
-                except RuntimeError as error:
-                    if not any(sign in str(error) for sign in LOST):
+                except (LostRank, RuntimeError) as error:
+                    if not isinstance(error, LostRank) and not any(sign in str(error) for sign in LOST):
                         raise
                     # this rank only noticed that another is gone: that one's own answer says why, if it comes soon
                     answers[missing[pipe]], lost, until = None, lost or error, min(until, time.monotonic() + 10)
@@ -158,10 +159,6 @@ class Ranks:
 
 
 def _answer(environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any], pipe: Connection) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # where it saves, Megatron would start a whole interpreter per rank to hold a queue that only the rank itself then uses
-    filesystem_async._results_queue = queue.Queue()
     os.environ.update(environment)
     try:
         answer = (True, function(*args), "")

@@ -106,8 +106,8 @@ def test_arch_json_holds_the_sizes_of_every_layer(folder):
     ("target", "said"),
     [
         (Target(ffn_hidden_size=[8, 8]), r"target.ffn_hidden_size=\[8, 8\]: one size for each of the 5 layers that are kept is needed"),
-        (Target(ffn_hidden_size=[8, 8, 8, 8, 61]), "target.ffn_hidden_size=61: the model has 60"),
-        (Target(num_query_groups=[4, 4, 4, 4, 2], num_attention_heads=[12, 12, 12, 12, 5]), "target.num_attention_heads=5: .*a multiple of 2"),
+        (Target(ffn_hidden_size=[8, 8, 8, 8, 61]), r"target.ffn_hidden_size=\[8, 8, 8, 8, 61\]: 61 in it: the model has 60"),
+        (Target(num_query_groups=[4, 4, 4, 4, 2], num_attention_heads=[12, 12, 12, 12, 5]), "heads=.*, 5.: 5 in it: .* a multiple of 2"),
     ],
 )
 def test_lists_that_do_not_fit(target, said, folder):

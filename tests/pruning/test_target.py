@@ -5,7 +5,7 @@ import pytest
 from minitron.arch.families import from_hf
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError
-from minitron.pruning.target import target_arch
+from minitron.pruning.target import check_smaller, target_arch
 from tests.oracles.models import BIASES, config_of
 
 ARCH = from_hf(
@@ -27,6 +27,8 @@ ARCH = from_hf(
         ({"num_attention_heads": 10}, "target.num_attention_heads=10: every KV group keeps the same number of heads: a multiple of 4 is needed"),
         ({"num_attention_heads": 4, "num_query_groups": 3}, "target.num_attention_heads=4: .*a multiple of 3 is needed"),
         ({"num_attention_heads": 12, "num_query_groups": 2}, "target.num_attention_heads=12: a KV group has 3 heads: at most 6"),
+        ({"num_attention_heads": 0.6}, "^target.num_attention_heads=0.6: comes to 7: every KV group keeps the same number of heads: a multiple of 4"),
+        ({"num_attention_heads": 0.5, "num_query_groups": 0.25}, "^target.num_attention_heads=0.5: comes to 6: a KV group has 3 heads: at most 3$"),
         ({"num_moe_experts": 4}, "target.num_moe_experts=4: this model has no experts; null is needed"),
     ],
     ids=str,
@@ -41,9 +43,12 @@ def test_impossible_targets(target, said):
     ("target", "parallel", "said"),
     [
         ({"ffn_hidden_size": 63}, {"tp": 2}, "target.ffn_hidden_size=63: must be divisible by parallel.tp=2"),
-        ({"hidden_size": 48}, {"tp": 7}, "ffn_hidden_size=240: must be divisible by parallel.tp=7"),
-        ({"num_layers": 3}, {"pp": 4}, "parallel.pp=4: pp x vpp stages need a layer each: at most the number of layers, 3"),
-        ({"num_layers": 3}, {"pp": 2, "vpp": 2}, "parallel.pp=4: pp x vpp stages"),
+        ({"hidden_size": 48}, {"tp": 7}, "^parallel.tp=7: must divide the model's ffn_hidden_size=240$"),
+        ({"ffn_hidden_size": 0.26}, {"tp": 5}, "^target.ffn_hidden_size=0.26: comes to 64: must be divisible by parallel.tp=5$"),
+        ({"num_layers": 3}, {"pp": 4}, "^parallel.pp=4: stages need a layer each: at most the target's number of layers, 3$"),
+        ({"num_layers": 3}, {"pp": 2, "vpp": 2}, "^parallel.pp=2: pp x vpp = 4 stages need a layer each: at most the target's number of layers, 3$"),
+        ({"hidden_size": 48}, {"pp": 7}, "^parallel.pp=7: stages need a layer each: at most the model's number of layers, 6$"),
+        ({"hidden_size": 48}, {"tp": 60}, "^parallel.tp=60: the last rank would have none of the 61 tokens of the vocabulary$"),
     ],
     ids=str,
 )
@@ -57,6 +62,27 @@ def test_a_width_that_transformers_cannot_load_is_refused_before_any_work():
     with pytest.raises(RequestError, match="hidden_size=40: transformers loads"):
         target_arch(biased, Target(hidden_size=40), Parallel())
     assert target_arch(biased, Target(hidden_size=42), Parallel()).hidden_size == 42
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"hidden_size": 96}, "^target.hidden_size=96: nothing to prune: the model has these sizes already$"),
+        ({"hidden_size": 96, "num_layers": 6}, "^target.num_layers=6: nothing to prune: "),
+        ({"ffn_hidden_size": 0.999}, "^target.ffn_hidden_size=0.999: comes to 240: nothing to prune: "),
+        ({"num_query_groups": [4] * 6}, r"^target.num_query_groups=\[4, 4, 4, 4, 4, 4\]: 4 in it: nothing to prune: "),
+    ],
+    ids=str,
+)
+def test_a_target_that_leaves_nothing_to_prune(target, said):
+    target = Target(**target)
+    with pytest.raises(RequestError, match=said):
+        check_smaller(ARCH, target_arch(ARCH, target, Parallel()), target)
+
+
+def test_any_size_that_is_smaller_is_something_to_prune():
+    for sizes in ({"hidden_size": 95, "num_layers": 6}, {"num_query_groups": [4] * 5 + [3]}):
+        check_smaller(ARCH, target_arch(ARCH, target := Target(**sizes), Parallel()), target)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from minitron.reporting.console import final_table, progress, stage_banner
+from minitron.reporting.console import counter, final_table, progress, say, stage_banner
 
 
 def console(width=80, terminal=False):
@@ -24,7 +24,7 @@ def test_without_a_terminal_progress_is_ten_plain_lines(total):
     to = console()
     with progress("calibrate", total, True, console=to) as advance:
         for turn in range(total):
-            advance(loss=3.5 - turn / total, tokens_per_second=12345.6)
+            advance(**{"loss": 3.5 - turn / total, "tokens/s": 12345.6})
     lines = printed(to).splitlines()
     assert len(lines) == 10
     assert all(line.startswith("calibrate ") and "tokens/s 12,346" in line for line in lines)
@@ -56,9 +56,9 @@ def test_progress_continues_where_it_was_and_takes_many_turns_at_once():
 def test_a_field_stays_until_it_changes():
     to = console()
     with progress("distill", 2, True, console=to) as advance:
-        advance(valid_loss=2.71828)
+        advance(**{"valid loss": 2.71828})
         advance(loss=1.5, note="late")
-    assert printed(to).splitlines()[1].endswith("valid loss 2.718 · loss 1.5 · note late")
+    assert printed(to).splitlines()[1].endswith("valid loss 2.718 · loss 1.500 · note late")
 
 
 def test_disabled_progress_prints_nothing():
@@ -73,11 +73,63 @@ def test_disabled_progress_prints_nothing():
 def test_on_a_terminal_progress_is_a_bar_that_fits(width):
     to = console(width, terminal=True)
     with progress("distill [x]", 200, True, console=to) as advance:
-        advance(200, loss=1.234, kd_loss=0.25, tokens_per_second=1500.0)
+        advance(200, **{"loss": 1.234, "kd loss": 0.25, "tokens/s": 1500.0})
     last = [line for line in re.split(r"[\r\n]+", printed(to)) if line.strip()][-2:]
     assert last[0].startswith("distill [x] ━") and "100 %" in last[0] and "200/200" in last[0] and "ETA" in last[0]
     assert len(last[0].rstrip()) <= width and last[0].count("━") >= width // 3
-    assert last[1].strip() == "loss 1.234 · kd loss 0.25 · tokens/s 1,500"
+    assert last[1].strip() == "loss 1.234 · kd loss 0.2500 · tokens/s 1,500"
+
+
+@pytest.mark.parametrize("width", [32, 44, 60, 76])
+def test_a_narrow_terminal_cuts_no_number_of_a_bar(width):
+    to = console(width, terminal=True)
+    numbers = {"distillation loss": 1.234, "tokens/s": 269.2, "held-out loss": 3.962}
+    with progress("student on held-out text", 20000, True, console=to) as advance:
+        advance(10000, **numbers)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", printed(to)) if line.strip()]
+    last = lines[max(at for at, line in enumerate(lines) if line.startswith("student on held-out text")) :]
+    assert "…" not in printed(to) and max(map(len, last)) <= width
+    assert last[0].endswith("50 %") or re.search(r"50 %.* ETA \S:\S\S:\S\S$", last[0])
+    assert [part.strip() for line in last[1:] for part in line.split("·")] == ["distillation loss 1.234", "tokens/s 269.2", "held-out loss 3.962"]
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("minitron.reporting.console.time.monotonic", lambda: self.now)
+
+
+def test_a_slow_loop_without_a_terminal_is_not_silent(monkeypatch):
+    """Turns of 12 seconds, of which a tenth takes 20 minutes: a line at the first turn after 30 seconds without one."""
+    clock, to = Clock(monkeypatch), console()
+    with progress("distill", 1000, True, console=to) as advance:
+        for _ in range(12):
+            clock.now += 12
+            advance()
+    lines = printed(to).splitlines()
+    assert [line.split(" elapsed ")[0] for line in lines] == [f"distill {done}/1,000 (0 %)" for done in (3, 6, 9)] + ["distill 12/1,000 (1 %)"]
+    assert lines[0].endswith("elapsed 0:00:36 ETA 3:19:24")  # 997 turns of 12 seconds
+
+
+def test_a_counter_speaks_at_once_and_then_now_and_then(monkeypatch):
+    clock, to = Clock(monkeypatch), console()
+    count = counter("tokenise", True, console=to)
+    for now, what, documents in ((0, "train", 1), (1, "train", 2), (5, "train", 3), (6, "valid", 1), (7, "train", 4)):
+        clock.now = now
+        count(what, documents, 1000 * documents)
+    assert printed(to).splitlines() == [
+        "tokenise train: 1 document, 1,000 tokens", "tokenise train: 3 documents, 3,000 tokens", "tokenise valid: 1 document, 1,000 tokens",
+    ]  # fmt: skip
+    counter("tokenise", False, console=to)("train", 1, 1)
+    assert len(printed(to).splitlines()) == 3
+
+
+def test_an_outcome_is_a_line_of_its_own_however_long():
+    to = console(20)
+    say("a/long/path/[red]: the student after 20 steps", console=to)
+    assert printed(to) == "  a/long/path/[red]: the student after 20 steps\n"
 
 
 def test_banner_tells_stage_and_detail():
@@ -98,10 +150,31 @@ def test_final_table_has_every_number(run_dir, width, terminal):
     assert max(map(len, lines)) <= width
     assert ["held-out", "teacher", "134.5", "M", "2.650", "14.15", "1,210"] in cells
     assert ["pruned", "101.9", "M", "4.380", "79.84", "1,530"] in cells
-    assert ["distilled", "101.9", "M", "2.950", "19.11", "82.7", "%", "1,530"] in cells
-    assert ["wikitext2", "teacher", "134.5", "M", "3.480", "32.46", "1,210"] in cells
-    assert ["distilled", "101.9", "M", "4.020", "55.70", "74.5", "%", "1,530"] in cells
+    assert ["student", "101.9", "M", "2.950", "19.11", "82.7", "%", "1,530"] in cells
+    assert ["text", "model", "params", "loss", "perplexity", "gap", "closed", "tokens/s"] in cells
+    assert ["wikitext2", "teacher", "134.5", "M", "3.480", "32.46"] in cells  # the speed is that on the held-out text
+    assert ["student", "101.9", "M", "4.020", "55.70", "74.5", "%"] in cells
     assert cells[-1] == ["report", "runs/a/report.html"]
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(66, {"tokens/s"}), (60, {"tokens/s", "params"}), (48, {"tokens/s", "params", "perplexity"}),
+     (34, {"tokens/s", "params", "perplexity", "gap closed"})],
+)  # fmt: skip
+def test_a_narrow_table_leaves_columns_out_and_cuts_no_number(run_dir, width, left_out):
+    to = console(width)
+    final_table(json.loads((run_dir / "eval.json").read_text()), console=to)
+    values = {"tokens/s": "1,530", "params": "101.9 M", "perplexity": "19.11", "gap closed": "82.7 %", "loss": "2.950", "model": "student"}
+    assert "…" not in printed(to) and max(map(len, printed(to).splitlines())) <= width
+    assert {heading for heading, value in values.items() if heading not in printed(to) or value not in printed(to)} == left_out
+
+
+def test_a_long_name_of_a_text_is_folded_and_leaves_the_numbers_alone():
+    to, name = console(80), "a_text_with_a_name_that_is_far_too_long"
+    final_table({"teacher": {"params": 1000, "loss": 2.0, "tokens_per_second": 5.0, "texts": {name: {"loss": 1.0}}}}, console=to)
+    assert "tokens/s" in printed(to) and "…" not in printed(to)
+    assert "".join(line[1:12].strip() for line in printed(to).splitlines() if "_" in line) == name
 
 
 def test_final_table_of_a_partial_evaluation():

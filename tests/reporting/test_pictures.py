@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minitron.arch import Arch
+from minitron.arch.arch import Layer
 from minitron.reporting import pictures
 from minitron.reporting.drawing import COLORS, boxes, draw
 from minitron.reporting.runfiles import read_run
@@ -36,6 +37,15 @@ def test_parts_add_up_to_the_model():
     assert sum(pictures.part_parameters(SMOLLM2).values()) == 134515008  # as the model's card says
 
 
+def test_layers_with_sizes_of_their_own_are_counted_and_told_one_by_one(every_axis_run_dir):
+    blocks = tuple(Layer(12 + layer, 9 - 3 * (layer % 2), 3) for layer in range(30))
+    uneven = SMOLLM2.replace(ffn_hidden_size=41, layers=blocks)
+    assert pictures.part_parameters(uneven)["MLP"] == sum(3 * 576 * block.ffn_hidden_size + 576 for block in blocks)
+    assert sum(pictures.part_parameters(uneven).values()) == uneven.num_parameters()
+    svg = pictures.blueprint(SMOLLM2, uneven, read_run(every_axis_run_dir).keep).svg
+    assert ">1,536 → 12..41</text>" in svg and ">9 → 6..9</text>" in svg and ">576, all kept</text>" in svg
+
+
 def test_every_picture_is_sound_svg_in_the_colours_of_the_page(every_axis_run_dir):
     for picture in every_picture(read_run(every_axis_run_dir)):
         root = ElementTree.fromstring(picture.svg)
@@ -57,6 +67,37 @@ def test_which_pictures_there_are_depends_on_what_was_pruned(run_dir, every_axis
 
     assert titles(run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads"]
     assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads", "KV groups"]
+
+
+def losses_of(layers, at_a_time):
+    """A loss for every run of layers, the lowest without the run that starts at layer 4."""
+    return np.array([3.0 + 0.1 * abs(first - 4) for first in range(layers - at_a_time + 1)], dtype=np.float32)
+
+
+def test_losses_without_layers_stand_beside_the_layers_scores(run_dir):
+    run = read_run(run_dir)
+    found = pictures.importance_pictures({**run.importance, "layers.loss": losses_of(30, 1)}, run.keep, "activation")
+    assert [picture.title for picture in found[:3]] == ["Layers", "Loss without a layer", "Hidden channels"]
+    assert found[1].caption == "Next-token loss without a layer; the lowest, 3.000, without layer 4."
+    without_keep = pictures.importance_pictures({**run.importance, "layers.loss": losses_of(30, 1)}, None)
+    assert without_keep[1].caption == found[1].caption
+
+
+@pytest.mark.parametrize(("at_a_time", "dropped", "crosses"), [(1, [4, 9], 2), (8, list(range(4, 12)), 1), (8, [0, 3, 5], 0), (3, [4, 5, 6, 7], 2)])
+def test_every_run_of_layers_that_was_dropped_whole_is_a_cross(at_a_time, dropped, crosses):
+    losses = losses_of(30, at_a_time).astype(float)
+    picture = pictures.loss_without_layers(losses, 30, np.setdiff1d(np.arange(30), dropped))
+    marks = {colour: len(re.findall(rf"<use[^>]*var\(--{colour}\)", picture.svg)) for colour in ("kept", "cut")}
+    assert marks == {"kept": len(losses) - crosses, "cut": crosses}
+    assert ("Cross: dropped." in picture.caption) == bool(crosses)
+    assert "without layer" in picture.caption if at_a_time == 1 else f"without layers 4 to {3 + at_a_time}" in picture.caption
+
+
+@pytest.mark.parametrize("losses", [[np.nan, 3.0, np.inf], [np.nan] * 3])
+def test_losses_without_layers_that_are_not_finite_can_be_drawn(losses):
+    picture = pictures.loss_without_layers(np.array(losses), 4, None)
+    ElementTree.fromstring(picture.svg)
+    assert ("the lowest, 3.000, without layers 1 to 2" in picture.caption) == (losses[1] == 3.0)
 
 
 def test_captions_tell_what_was_cut(every_axis_run_dir):

@@ -6,7 +6,9 @@ import shutil
 from html import escape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from minitron.errors import RequestError
 from minitron.reporting.report import write_report
@@ -62,20 +64,38 @@ def test_a_finished_run_tells_its_numbers(run_dir):
     for row in (
         ["teacher", "134.5 M", "100.0 %", "2.650", "14.15", ""],
         ["pruned", "101.9 M", "75.7 %", "4.380", "79.84", ""],
-        ["distilled", "101.9 M", "75.7 %", "2.950", "19.11", "82.7 %"],
+        ["student", "101.9 M", "75.7 %", "2.950", "19.11", "82.7 %"],
         ["Layers", "30", "30", "100 %"],
         ["Hidden size", "576", "512", "89 %"],
         ["MLP neurons per layer", "1,536", "1,152", "75 %"],
         ["KV cache per token, bf16", "22.5 KiB", "22.5 KiB", "100 %"],
         ["held-out", "teacher", "2.650", "14.15", "", "1,210"],
-        ["wikitext2", "teacher", "3.480", "32.46", "", "1,210"],
-        ["", "distilled", "4.020", "55.70", "74.5 %", "1,530"],
+        ["wikitext2", "teacher", "3.480", "32.46", "", ""],
+        ["", "student", "4.020", "55.70", "74.5 %", ""],
     ):
         assert row in page.rows
     assert f'AutoModelForCausalLM.from_pretrained("{run_dir}/hf")' in page.text
     assert (run_dir / "config.yaml").read_text() in page.text
     assert page.tags.count("svg") == 9 and "criterion activation · samples 1024" in page.text
     assert "yet: minitron" not in page.text
+
+
+def test_losses_without_layers_have_a_picture_where_they_were_measured(run_dir):
+    file = run_dir / "importance.safetensors"
+    save_file({**load_file(file), "layers.loss": np.linspace(4, 3, 23, dtype=np.float32)}, file, metadata={"criterion": "activation"})
+    page = page_of(run_dir)
+    assert page.tags.count("svg") == 10
+    assert "Next-token loss without 8 layers in a row; the lowest, 3.000, without layers 22 to 29." in page.text
+
+
+def test_sizes_that_differ_between_layers_are_ranges(run_dir):
+    arch = json.loads((run_dir / "arch.json").read_text())
+    blocks = [{"ffn_hidden_size": 1152 - layer, "num_attention_heads": 9, "num_query_groups": 3} for layer in range(30)]
+    arch["pruned"]["layers"] = blocks
+    (run_dir / "arch.json").write_text(json.dumps(arch))
+    page = page_of(run_dir)
+    assert ["MLP neurons per layer", "1,536", "1,123..1,152", "73..75 %"] in page.rows
+    assert ["Attention heads", "9", "9", "100 %"] in page.rows
 
 
 def test_the_page_loads_nothing_and_repeats_no_id(every_axis_run_dir):

@@ -123,7 +123,7 @@ def test_wandb_is_off_by_default_and_then_never_imported(tmp_path, monkeypatch):
 
 def test_wandb_without_the_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RequestError, match=r"^logging\.wandb=True: .*not installed.*logging\.wandb=false") as refusal:
+    with pytest.raises(RequestError, match=r"^logging\.wandb=true: .*not installed.*logging\.wandb=false") as refusal:
         tracker(tmp_path, logging=WANDB)
     assert "\n" not in str(refusal.value)
 
@@ -133,7 +133,7 @@ def test_wandb_that_does_not_start_is_refused_in_one_line(tmp_path, fake_wandb):
         raise fake_wandb.Error("no API key\nconfigured")
 
     fake_wandb.init = init
-    with pytest.raises(RequestError, match=r"^logging\.wandb=True: .*no API key configured") as refusal:
+    with pytest.raises(RequestError, match=r"^logging\.wandb=true: .*no API key configured") as refusal:
         tracker(tmp_path, logging=WANDB)
     assert "\n" not in str(refusal.value)
 

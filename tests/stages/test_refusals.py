@@ -1,17 +1,21 @@
 """Requests that cannot be met: one line on stderr, exit 2, and nothing half-written."""
 
 import json
+import math
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.oracles.models import save_model, saved_tensors
-from tests.stages.commands import minitron
+from tests.stages.commands import minitron, running, wait_until
 
 FINISHED = ("importance.safetensors", "keep.safetensors", "arch.json", "pruned", "checkpoints", "eval.json", "hf", "report.html")
 
@@ -92,7 +96,10 @@ def test_models_that_cannot_be_read(refused, copy, tmp_path, spoil, said):
         ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
         ("data.train=/no/such/text.jsonl", "data.train=/no/such/text.jsonl: "),
         ("parallel.tp=2", "parallel.tp=2: tp x pp x cp = 2 must divide the number of processes, 1"),
-        ("parallel.sp=true", "parallel.sp=True: sequence parallelism needs parallel.tp of at least 2"),
+        ("parallel.sp=true", "parallel.sp=true: sequence parallelism needs parallel.tp of at least 2"),
+        ("eval.tokens=32", "eval.tokens=32: less than one window of train.seq_length=64 tokens"),
+        ("eval.seq_length=8192", "eval.tokens=4096: less than one window of eval.seq_length=8192 tokens"),
+        ("train.eval_tokens=32", "train.eval_tokens=32: less than one window of train.seq_length=64 tokens"),
         ("teacher.parallel.tp=2", "teacher.parallel.tp=2: only null or parallel.tp=1 is supported"),
         ("device=cuda", "device=cuda: no GPU is visible to torch; use auto or cpu"),
     ],
@@ -102,6 +109,48 @@ def test_settings_that_no_run_can_have(refused, tmp_path, change, said):
         pytest.skip("a GPU is here")
     assert refused(change).startswith(said)
     assert not any((tmp_path / "run" / name).exists() for name in (*FINISHED, "data"))
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune"])
+def test_a_target_that_is_the_model_itself(refused, tmp_path, verb):
+    line = refused("target.hidden_size=64", "target.ffn_hidden_size=null", verb=verb)
+    assert line == "target.hidden_size=64: nothing to prune: the model has these sizes already"
+    assert not (tmp_path / "run").exists()
+
+
+def without_wandb():
+    """As where the package is not installed."""
+    sys.modules["wandb"] = None
+
+
+def test_packages_that_are_not_there_are_missed_at_once(refused, tmp_path):
+    assert refused("logging.wandb=true", prepare=without_wandb).startswith("logging.wandb=true: the package wandb is not installed")
+    assert not (tmp_path / "run").exists()
+    if not torch.cuda.is_available():
+        assert refused("spec=transformer_engine") == "spec=transformer_engine: Transformer Engine needs a GPU; use auto or torch"
+        assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("eval.texts.novel={text}", r"eval.texts.novel={text}: too short: it has \d tokens, and one window of train.seq_length=64 needs 65"),
+        ("data.valid={text}", r"data.valid={text}: too short: it has \d tokens, and one window of train.seq_length=64 needs 65"),
+        ("data.calibration={text}", r"data.calibration={text}: too short: it has \d tokens, and one window of calibrate.seq_length=64 needs 65"),
+        ("data.train={text}", r"data.train={text}: too short: it has \d tokens, and one window of calibrate.seq_length=64 needs 65"),
+        (
+            "data.valid_fraction=0.001 eval.seq_length=500",
+            r"data.train=.*: too short: its held-out documents \(data.valid_fraction=0.001\) have \d+ tokens, "
+            "and one window of eval.seq_length=500 needs 501",
+        ),
+    ],
+)
+def test_texts_that_are_too_short_are_refused_before_any_model_is_loaded(refused, tmp_path, change, said):
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon")
+    line = refused(*change.format(text=text).split())
+    assert re.fullmatch(said.format(text=re.escape(str(text))), line), line
+    assert [*json.loads((tmp_path / "run" / "stages.json").read_text())] == ["data"]
 
 
 def test_more_text_than_there_is(refused, tmp_path):
@@ -128,21 +177,78 @@ def test_texts_that_are_none(refused, tmp_path, name, content, said):
 
 
 def test_a_refused_request_does_not_stand_in_the_way_of_the_right_one(refused, settings, tmp_path):
+    """One folder all along: settings that were refused, wherever that was, are no settings of the run."""
+    short, broken = tmp_path / "short.txt", tmp_path / "broken.jsonl"
+    short.write_text("Once upon")
+    broken.write_text(json.dumps({"text": "Once upon a time."}) + "\n{broken\n")
     refused("target.hidden_size=65")
-    refused("calibrate.samples=100000", "train.lr=1")
-    needed = [value for value in settings if value.startswith(("model", "data"))]
-    done = minitron(tmp_path / "log", "data", f"run.dir={tmp_path / 'run'}", *needed)
+    assert "line 2 is not JSON" in refused(f"data.train={broken}")
+    assert "too short" in refused(f"data.train={short}")
+    assert "calibrate.samples=100000" in refused("calibrate.samples=100000", "train.lr=1")
+    assert "the student's is 512" in refused(f"teacher.path={save_model(tmp_path / 'teacher', vocab_size=300)}")
+    assert "lower train.lr=1e+30" in refused("train.lr=1e30", "calibrate.samples=8")
+    assert (tmp_path / "run" / "pruned").is_dir()
+    usual = [value for value in settings if not value.startswith("calibrate.samples")]
+    done = minitron(tmp_path / "log", "compress", f"run.dir={tmp_path / 'run'}", *usual, "calibrate.samples=8")
     assert (done.code, done.err) == (0, "")
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The folder of a run that was stopped after step 12 of 16."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step_00000016")
+    (run / "checkpoints" / "latest").write_text("12\n")
+    record = json.loads((run / "stages.json").read_text())
+    for stage in ("distill", "evaluate", "export"):
+        record[stage]["done"] = False
+    (run / "stages.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_training_may_go_on_with_another_learning_rate(refused, unfinished, settings, tmp_path):
+    before = [json.loads(line) for line in (unfinished / "metrics.jsonl").read_text().splitlines()]
+    assert "train.beta1=0.8: run.dir=" in refused("train.beta1=0.8", run=unfinished)
+    assert "train.steps=32: run.dir=" in refused("train.steps=32", run=unfinished)
+    usual = [value for value in settings if not value.startswith("train.lr")]
+    done = minitron(tmp_path / "log", "compress", f"run.dir={unfinished}", *usual, "train.lr=4e-4", "train.clip_grad=0.5")
+    said = "minitron: train.lr=0.0004 (before: 0.002), train.clip_grad=0.5 (before: 1.0) from step 13 on\n"
+    assert (done.code, done.err) == (0, said)
+    after = [json.loads(line) for line in (unfinished / "metrics.jsonl").read_text().splitlines()]
+    assert after[:12] == before[:12]
+    cosine = [(1 + math.cos(math.pi * (step - 2) / (16 - 2))) / 2 for step in (13, 14, 15, 16)]  # a warm-up of 2 steps
+    assert [line["lr"] for line in after[12:]] == pytest.approx([1e-5 + share * (4e-4 - 1e-5) for share in cosine])
+    assert "train.lr=0.002: run.dir=" in refused("train.clip_grad=0.5", run=unfinished)  # it is finished now
+
+
+def calibrates(run):
+    """Its calibration has begun."""
+    return (run / "stages.json").exists() and "calibrate" in json.loads((run / "stages.json").read_text())
+
+
+@pytest.mark.multirank
+def test_a_second_command_on_one_folder_is_refused_on_all_its_ranks(refused, settings, tmp_path):
+    run = tmp_path / "run"
+    with running(tmp_path / "first", "compress", f"run.dir={run}", *settings) as first:
+        wait_until(lambda: calibrates(run), first)
+        os.kill(first.processes[0].pid, signal.SIGSTOP)
+        at_work = rf"run.dir={re.escape(str(run))}: process {first.processes[0].pid} on \S+ is at work in it; wait for it, or use another run.dir"
+        assert re.fullmatch(at_work, refused("parallel.timeout_minutes=9"))
+        with running(tmp_path / "second", "export", f"run.dir={run}", *settings, "parallel.tp=2", size=2) as second:
+            assert second.results(timeout=120) == [2, 2]
+        said = "".join((tmp_path / f"second{rank}.err").read_text() for rank in (0, 1))
+        assert re.fullmatch(f"minitron: {at_work}\n", said), said
+    assert refused("calibrate.samples=100000").startswith("calibrate.samples=100000: the text holds")  # the first was killed, and its lock with it
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("target.hidden_size=56", "target.hidden_size=56: run.dir={run} belongs to a run whose .* has 48"),
-        ("calibrate.batch_agg=mean", "calibrate.batch_agg=mean: run.dir={run} belongs to a run whose calibrate has 'l2'"),
+        ("calibrate.batch_agg=mean", "calibrate.batch_agg=mean: run.dir={run} belongs to a run whose calibrate has l2;"),
         ("train.lr=1", "train.lr=1.0: run.dir={run} belongs to a run whose distill has 0.002"),
         ("seed=7", "seed=7: run.dir={run} belongs to a run whose .* has 1234"),
-        ("dtype=bf16", "dtype=bf16: run.dir={run} belongs to a run whose .* has 'fp32'"),
+        ("dtype=bf16", "dtype=bf16: run.dir={run} belongs to a run whose .* has fp32;"),
     ],
 )
 def test_the_folder_of_another_run(refused, finished, change, said):

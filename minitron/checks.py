@@ -1,0 +1,143 @@
+"""What a request can be refused for before any model is loaded: from its settings, from the model's sizes, from the numbers of tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from minitron.arch.arch import Arch
+from minitron.config.schema import MISSING, Config
+from minitron.config.verbs import VERBS
+from minitron.data.lengths import taken, windows_in
+from minitron.data.manifest import Manifest
+from minitron.data.sources import check_source
+from minitron.errors import RequestError, refuse
+from minitron.pruning.target import check_layers_by, check_layout, check_smaller, target_arch
+from minitron.weights.source import locate, open_folder
+
+
+class Reading(NamedTuple):
+    """Windows that a verb reads of a split of the run's data: the settings of their length and amount, and what these are."""
+
+    split: str
+    length: str
+    seq_length: int
+    amount: str
+    limit_tokens: int | None
+    windows: int | None
+
+
+def readings(cfg: Config, verb: str) -> Iterator[Reading]:
+    """Everything that a verb reads in windows."""
+    groups = VERBS[verb].groups
+    if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
+        yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
+    if "distill" in groups:
+        yield Reading("valid", "train.seq_length", cfg.train.seq_length, "train.eval_tokens", cfg.train.eval_tokens, None)
+    if "eval" in groups:
+        length, seq_length = ("eval", cfg.eval.seq_length) if cfg.eval.seq_length is not None else ("train", cfg.train.seq_length)
+        for split in ("valid", *(f"text_{name}" for name in cfg.eval.texts)):
+            yield Reading(split, f"{length}.seq_length", seq_length, "eval.tokens", cfg.eval.tokens, None)
+
+
+def check(cfg: Config, verb: str) -> None:
+    """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
+    groups = VERBS[verb].groups
+    if "distill" in groups and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
+    check_lengths(cfg, verb)
+    if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
+        check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
+    if "teacher" in groups and cfg.teacher.path is not None:
+        locate(cfg.teacher.path, "teacher.path")
+    for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):
+        if "teacher" in groups and ranks not in (None, getattr(cfg.parallel, name)):
+            raise refuse(f"teacher.parallel.{name}", ranks, f"only null or parallel.{name}={getattr(cfg.parallel, name)} is supported")
+    if "data" in groups:
+        for name in ("train", "valid", "calibration"):
+            if (spec := getattr(cfg.data, name)) not in (None, MISSING):
+                check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split)
+    if "eval" in groups:
+        for name, spec in cfg.eval.texts.items():
+            check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+
+
+def check_lengths(cfg: Config, verb: str) -> None:
+    """Sequences that divide by the ranks that share them, amounts that hold one (or one for each replica), steps that divide by the replicas."""
+    groups, layout = VERBS[verb].groups, cfg.parallel
+    replicas = int(os.environ.get("WORLD_SIZE", "1")) // (layout.tp * layout.pp * layout.cp)
+    ways = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
+    for reading in readings(cfg, verb):
+        if reading.seq_length % ways:
+            allowed = (
+                f"must be divisible by {ways}: 2 x parallel.cp={layout.cp} where that is above 1, times parallel.tp={layout.tp} with parallel.sp"
+            )
+            raise refuse(reading.length, reading.seq_length, allowed)
+        if reading.limit_tokens is not None and reading.limit_tokens < reading.seq_length:
+            raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")
+        if reading.windows is not None and reading.windows < replicas:
+            raise refuse(reading.amount, reading.windows, f"at least one per data-parallel replica, {replicas}, is needed")
+    if "distill" in groups:
+        per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
+        if per_step and cfg.train.global_batch_size % per_step:
+            stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
+            raise refuse(
+                "train.global_batch_size", cfg.train.global_batch_size, f"must be divisible by micro_batch_size x replicas{stages} = {per_step}"
+            )
+
+
+def check_model(cfg: Config, verb: str, arch: Arch) -> None:
+    """What the sizes of the model rule out: targets, layouts, ways to rank its layers."""
+    groups = VERBS[verb].groups
+    if "target" in groups:
+        pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
+        check_smaller(arch, pruned, cfg.target)
+        check_layers_by(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
+    elif "calibrate" in groups or ("teacher" in groups and cfg.teacher.path is None):
+        check_layout(arch, cfg.parallel, "the model's")
+    if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
+        raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
+
+
+def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:
+    """A teacher must know the student's tokens, and fit the layout."""
+    if teacher.vocab_size != student.vocab_size:
+        raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
+    check_layout(teacher, cfg.parallel, "the teacher's")
+
+
+def check_texts(cfg: Config, verb: str, data: Manifest) -> None:
+    """Refuse texts with too few tokens for what a verb reads of them, by their own names."""
+    for reading in readings(cfg, verb):
+        rows = data.splits[reading.split]
+        there = [windows_in(data.parts[name].tokens, reading.seq_length) for name, _ in rows]
+        if not any(there):
+            setting, source, documents = text_of(cfg, reading.split)
+            needed = f"one window of {reading.length}={reading.seq_length} needs {reading.seq_length + 1}"
+            raise refuse(setting, source, f"too short: {documents} {data.num_tokens(reading.split)} tokens, and {needed}")
+        taken(there, [weight for _, weight in rows], reading.seq_length, reading.limit_tokens, reading.windows, reading.amount)
+
+
+def text_of(cfg: Config, split: str) -> tuple[str, str, str]:
+    """The setting that a split's text comes from, its value, and what of it the split is, as the head of `... N tokens`."""
+    if split.startswith("text_"):
+        name = split.removeprefix("text_")
+        return f"eval.texts.{name}", cfg.eval.texts[name], "it has"
+    if (own := getattr(cfg.data, split)) is not None:
+        return f"data.{split}", own, "it has"
+    if split == "valid":
+        return "data.train", cfg.data.train, f"its held-out documents (data.valid_fraction={cfg.data.valid_fraction}) have"
+    return "data.train", cfg.data.train, "it has"
+
+
+def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
+    """What is allowed but may be a slip, a line each."""
+    lengths = {reading.length: reading.seq_length for reading in readings(cfg, verb)}
+    long = [f"{name}={length}" for name, length in lengths.items() if length > arch.max_position_embeddings]
+    if long and arch.rope_parameters["rope_type"] != "dynamic":  # the one kind that is made to go beyond
+        yield f"{', '.join(long)}: longer than the {arch.max_position_embeddings} positions that the model knows (its max_position_embeddings)"
+    if "distill" in VERBS[verb].groups and cfg.train.warmup_steps >= cfg.train.steps:
+        yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"

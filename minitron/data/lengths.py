@@ -1,0 +1,45 @@
+"""How many windows of a text are read, from its number of tokens alone. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minitron.errors import refuse
+
+
+def windows_in(tokens: int, seq_length: int) -> int:
+    """Windows of `seq_length` predicted tokens in a text: its first token is predicted by none."""
+    return max(tokens - 1, 0) // seq_length
+
+
+def taken(there: Sequence[int], weights: Sequence[float], seq_length: int, limit_tokens: int | None, count: int | None, setting: str) -> list[int]:
+    """How many of its windows each text of a blend gives: `count` in all, or as many as `limit_tokens` hold, by weight; else all that are `there`.
+
+    Raises RequestError, naming `setting`, where that is none, or less than `count`.
+    """
+    asked = limit_tokens if count is None else count
+    if not any(there):
+        raise refuse(setting, asked, f"the text is shorter than one sequence of {seq_length + 1} tokens")
+    if count is not None:
+        shares = apportion(count, weights)
+        if any(wanted > of for wanted, of in zip(shares, there, strict=True)):
+            needed = f", needed {' + '.join(map(str, shares))}" if len(there) > 1 else ""
+            raise refuse(setting, count, f"the text holds {' + '.join(map(str, there))} sequences of {seq_length} tokens{needed}")
+        return shares
+    if limit_tokens is None:
+        return list(there)
+    if limit_tokens < seq_length:
+        raise refuse(setting, limit_tokens, f"at least one sequence of {seq_length} tokens is needed")
+    shares = [min(wanted, of) for wanted, of in zip(apportion(limit_tokens // seq_length, weights), there, strict=True)]
+    if not any(shares):
+        raise refuse(setting, limit_tokens, f"too few for a sequence of {seq_length} tokens of each text of the blend that is long enough")
+    return shares
+
+
+def apportion(count: int, weights: Sequence[float]) -> list[int]:
+    """Whole shares of `count` in proportion to `weights`, summing to it; what rounding leaves goes to the largest remainders, the first first."""
+    exact = count * np.array(weights, dtype=np.float64) / sum(weights)
+    shares: np.ndarray = np.floor(exact).astype(int)
+    for winner in np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]:
+        shares[winner] += 1
+    return [int(share) for share in shares]

@@ -1,0 +1,152 @@
+"""What `run.dir` remembers: whose folder it is, what its stages were made with. One command at a time works in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from minitron.config.build import from_yaml, to_yaml
+from minitron.config.schema import Config
+from minitron.config.verbs import VERBS
+from minitron.errors import refuse, say_once, shown
+from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+
+RECORD, LOCK = "stages.json", ".lock"
+# the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
+ARTIFACTS = {
+    "data": "data/manifest.json", "calibrate": "importance.safetensors", "prune": "pruned/arch.json",
+    "distill": "checkpoints/step_*/metadata.json", "evaluate": "eval.json", "export": "hf/config.json",
+}  # fmt: skip
+# settings that may differ between two commands on one run: where and how it runs, not what it makes
+FREE = ("run", "parallel", "eval", "logging", "device", "spec")
+FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "train.save_interval",
+              "train.eval_interval", "train.eval_tokens")  # fmt: skip
+# those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
+ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.clip_grad")
+
+
+def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
+    """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
+    tree = dataclasses.asdict(cfg)
+    groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
+    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in FREE_NAMES}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def is_there(folder: Path, stage: str) -> bool:
+    """Whether what a stage makes is in the run's folder."""
+    return any(folder.glob(ARTIFACTS[stage]))
+
+
+def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The stages whose results the run stands on, each with the settings that they were made with.
+
+    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings. Checkpoints
+    are what a training continues from, so they bind it even unfinished, but for ADJUSTABLE, and with it the stages that they descend from.
+    """
+    step = trained(folder)
+    for stage in ("data", "calibrate", "prune", "distill"):
+        entry = record.get(stage, {"done": False, "settings": {}})
+        settings = entry["settings"]
+        if stage == "distill" and 0 < step < settings.get("train.steps", 0):
+            yield stage, {name: value for name, value in settings.items() if name not in ADJUSTABLE}
+        elif (entry["done"] and is_there(folder, stage)) or (step and stage != "data"):
+            yield stage, settings
+
+
+def trained(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = (path.parent.name.removeprefix("step_") for path in folder.glob(ARTIFACTS["distill"]))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def own(folder: Path) -> None:
+    """Make the run's folder, or see that it is one. Raises RequestError where it holds other files."""
+    with os_errors_are_requests("cannot use run.dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise refuse("run.dir", folder, "the folder holds files that are not a run's; an empty or new folder is needed")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands out of the run's folder for the length of the block. The system ends the lock with the process, whatever ends that.
+
+    Raises RequestError where another command is at work.
+    """
+    with os_errors_are_requests("cannot use run.dir", folder):
+        handle = _lock(folder)
+    os.register_at_fork(after_in_child=handle.close)  # a child that outlives this process must not keep the lock
+    with handle:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+
+
+def _lock(folder: Path) -> TextIO:
+    """The lock file, open and locked, and saying who has it."""
+    handle = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- the caller closes it
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with handle:
+            handle.seek(0)
+            who = handle.read() or "another process"
+        raise refuse("run.dir", folder, f"{who} is at work in it; wait for it, or use another run.dir") from error
+    except OSError as error:
+        say_once(f"run.dir={folder}: its file system has no locks ({error.strerror}): see to it that one command at a time works in it")
+    try:
+        removed = not os.path.samestat(os.fstat(handle.fileno()), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        removed = True
+    if removed:  # by whoever had it, when it was open here already
+        handle.close()
+        return _lock(folder)
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    return handle
+
+
+def claim(folder: Path, cfg: Config, verb: str) -> None:
+    """See that the folder belongs to a run with these settings; write config.yaml. Raises RequestError naming the first setting that differs.
+
+    Says which settings a training goes on with that it did not begin with.
+    """
+    if not (folder / RECORD).exists():
+        write_json(folder / RECORD, {})
+    mine, record = settings_of(cfg, verb, free=False), read_json(folder / RECORD)
+    for stage, theirs in bound(folder, record):
+        for name in sorted(set(mine) & set(theirs)):
+            if mine[name] != theirs[name]:
+                has = f"run.dir={folder} belongs to a run whose {stage} has {shown(theirs[name])}"
+                raise refuse(name, mine[name], f"{has}; use that, or another run.dir")
+    write_config(folder / "config.yaml", cfg, verb)
+    if "distill" in VERBS[verb].groups and (step := trained(folder)):
+        before = record.get("distill", {"settings": {}})["settings"]
+        changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
+        if changed:
+            say_once(f"{', '.join(changed)} from step {step + 1} on")
+
+
+def write_config(file: Path, cfg: Config, verb: str) -> None:
+    """config.yaml: the settings of this verb's groups as they are now, the others as an earlier verb of the run left them."""
+    if file.exists():
+        earlier = from_yaml(file.read_text(encoding="utf-8"))
+        cfg = dataclasses.replace(earlier, **{group: getattr(cfg, group) for group in VERBS[verb].groups})
+    write_text(file, to_yaml(cfg))

@@ -1,0 +1,79 @@
+"""How numbers and sizes are written, on the console, in the report and in its pictures alike. Pure."""
+
+from minitron.arch import Arch
+from minitron.data.manifest import Part
+
+ABSENT = "–"
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+SIZES = {  # what a reader sees -> the field of Arch
+    "layers": "num_layers",
+    "hidden size": "hidden_size",
+    "MLP neurons per layer": "ffn_hidden_size",
+    "attention heads": "num_attention_heads",
+    "KV groups": "num_query_groups",
+    "channels per head": "kv_channels",
+    "vocabulary": "vocab_size",
+}
+
+
+def size(count: float | None) -> str:
+    """A count as people say it: 134515008 -> "134.5 M"."""
+    if count is None:
+        return ABSENT
+    scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
+    return f"{count / scale:.1f} {unit}" if unit else f"{count:,.0f}"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A number with a fixed number of decimals and thousands separated."""
+    return ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction in percent: 0.827 -> "82.7 %"."""
+    return ABSENT if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """`part / whole`, None where either is missing or the whole is zero."""
+    return None if part is None or not whole else part / whole
+
+
+def counted(number: int, what: str) -> str:
+    """1, "document" -> "1 document"; 2000 -> "2,000 documents"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def prepared(name: str, part: Part) -> str:
+    """A part of a run's prepared text: "train: 12 documents, 3,456 tokens from a.jsonl"."""
+    return f"{name}: {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} from {part.source}"
+
+
+def span(arch: Arch, field: str) -> tuple[int, int]:
+    """The smallest and the largest value of a size over the layers; twice the same where they are alike."""
+    values = [getattr(block, field) for block in arch.layers if hasattr(block, field)] or [getattr(arch, field)]
+    return min(values), max(values)
+
+
+def ranged(low: int, high: int) -> str:
+    """A whole number, or a range of them: (1152, 1152) -> "1,152", (12, 60) -> "12..60"."""
+    return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def size_of(arch: Arch, field: str) -> str:
+    """A size, as the range over the layers where they have sizes of their own."""
+    return ranged(*span(arch, field))
+
+
+def kept_of(original: Arch, pruned: Arch, field: str) -> str:
+    """The share of a size that is left, in whole percent."""
+    whole = span(original, field)[1]
+    low, high = (round(100 * value / whole) for value in span(pruned, field))
+    return f"{ranged(low, high)} %"
+
+
+def changes(original: Arch, pruned: Arch) -> list[str]:
+    """What a cut made of each size that it changed: ["hidden size 64 -> 48", ...]."""
+    sizes = {name: (size_of(original, field), size_of(pruned, field)) for name, field in SIZES.items()}
+    return [f"{name} {before} -> {after}" for name, (before, after) in sizes.items() if before != after]

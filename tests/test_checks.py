@@ -1,0 +1,121 @@
+"""What is refused, or remarked upon, from settings and numbers of tokens alone."""
+
+import pytest
+
+from minitron.arch.families import from_hf
+from minitron.checks import check_lengths, check_model, check_teacher, check_texts, remarks
+from minitron.config.build import build
+from minitron.config.schema import Config
+from minitron.data.manifest import Manifest, Part
+from minitron.errors import RequestError
+from tests.oracles.models import config_of
+
+ARCH = from_hf(config_of(max_position_embeddings=256).to_dict(), "x")
+USUAL = {
+    "data": {"train": "t.txt"}, "target": {"hidden_size": 24}, "calibrate": {"samples": 8, "seq_length": 16},
+    "train": {"seq_length": 16, "eval_tokens": 64, "steps": 10, "warmup_steps": 2}, "eval": {"tokens": 64},
+}  # fmt: skip
+
+
+def config(changes):
+    return build(Config, {**USUAL, **{group: {**USUAL.get(group, {}), **values} for group, values in changes.items()}})
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "said"),
+    [
+        ("compress", {"train": {"seq_length": 128}}, "train.eval_tokens=64: less than one window of train.seq_length=128 tokens"),
+        ("compress", {"eval": {"seq_length": 65}}, "eval.tokens=64: less than one window of eval.seq_length=65 tokens"),
+        ("evaluate", {"eval": {"tokens": 15}}, "eval.tokens=15: less than one window of train.seq_length=16 tokens"),
+        ("calibrate", {"calibrate": {"samples": 3}}, "calibrate.samples=3: at least one per data-parallel replica, 4, is needed"),
+        ("distill", {"train": {"global_batch_size": 6}}, "train.global_batch_size=6: must be divisible by micro_batch_size x replicas = 4"),
+    ],
+)
+def test_amounts_that_hold_no_window(verb, changes, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_lengths(config({}), verb)
+    with pytest.raises(RequestError) as refusal:
+        check_lengths(config(changes), verb)
+    assert str(refusal.value) == said
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes"),
+    [
+        ("evaluate", {"train": {"seq_length": 128, "eval_tokens": 1, "global_batch_size": 6}, "eval": {"seq_length": 64}}),  # it trains nothing
+        ("prune", {"calibrate": {"samples": 1}}),  # it reads no text
+        ("calibrate", {"calibrate": {"samples": 1, "criterion": "magnitude"}}),
+        ("distill", {"eval": {"tokens": 1}}),
+    ],
+)
+def test_verbs_are_asked_for_what_they_read_alone(verb, changes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_lengths(config(changes), verb)
+
+
+def manifest(**tokens):
+    """Prepared data with so many tokens in the parts of each split: `valid=[20]`."""
+    parts = {f"{split}{number}": Part("", "", 1, count, 0, {}, {}, {}) for split, counts in tokens.items() for number, count in enumerate(counts)}
+    return Manifest("", parts, {split: [(f"{split}{number}", 1.0) for number in range(len(counts))] for split, counts in tokens.items()})
+
+
+ENOUGH = {"calibration": [129], "valid": [17], "text_novel": [17]}
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "tokens", "said"),
+    [
+        ("calibrate", {}, {"calibration": [128]}, "calibrate.samples=8: the text holds 7 sequences of 16 tokens"),
+        ("calibrate", {}, {"calibration": [16, 3]},
+         "data.train=t.txt: too short: it has 19 tokens, and one window of calibrate.seq_length=16 needs 17"),
+        ("calibrate", {"data": {"calibration": "c.txt"}}, {"calibration": [0]},
+         "data.calibration=c.txt: too short: it has 0 tokens, and one window of calibrate.seq_length=16 needs 17"),
+        ("distill", {}, {"valid": [16]}, "data.train=t.txt: too short: its held-out documents (data.valid_fraction=0.05) have 16 tokens, "
+         "and one window of train.seq_length=16 needs 17"),
+        ("evaluate", {"eval": {"seq_length": 20, "texts": {"novel": "n.txt"}}, "data": {"valid": "v.txt"}}, {},
+         "data.valid=v.txt: too short: it has 17 tokens, and one window of eval.seq_length=20 needs 21"),
+        ("evaluate", {"eval": {"texts": {"novel": "n.txt"}}}, {"text_novel": [6]},
+         "eval.texts.novel=n.txt: too short: it has 6 tokens, and one window of train.seq_length=16 needs 17"),
+    ],
+)  # fmt: skip
+def test_texts_with_too_few_tokens_are_refused_by_name(verb, changes, tokens, said):
+    check_texts(config({"eval": {"texts": {"novel": "n.txt"}}}), "compress", manifest(**ENOUGH))
+    with pytest.raises(RequestError) as refusal:
+        check_texts(config(changes), verb, manifest(**{**ENOUGH, **tokens}))
+    assert str(refusal.value) == said
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "said"),
+    [
+        ("compress", {}, []),
+        ("compress", {"calibrate": {"seq_length": 256}}, []),
+        ("compress", {"calibrate": {"seq_length": 512}, "eval": {"seq_length": 300, "tokens": 300}},
+         ["calibrate.seq_length=512, eval.seq_length=300: longer than the 256 positions that the model knows (its max_position_embeddings)"]),
+        ("evaluate", {"train": {"seq_length": 512}, "eval": {"seq_length": 16}}, []),
+        ("compress", {"train": {"warmup_steps": 9}}, []),
+        ("compress", {"train": {"warmup_steps": 10}}, ["train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"]),
+        ("evaluate", {"train": {"warmup_steps": 10}}, []),
+    ],
+)  # fmt: skip
+def test_what_may_be_a_slip_is_said(verb, changes, said):
+    assert list(remarks(config(changes), verb, ARCH)) == said
+
+
+def test_positions_that_the_model_is_made_to_go_beyond():
+    rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+    dynamic = from_hf(config_of(max_position_embeddings=256, **rope).to_dict(), "x")
+    assert list(remarks(config({"calibrate": {"seq_length": 512}}), "calibrate", dynamic)) == []
+
+
+def test_the_model_must_fit_the_layout_where_it_is_loaded():
+    wide = {"parallel": {"tp": 5}}
+    for verb in ("calibrate", "prune", "compress", "evaluate"):
+        with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the model's ffn_hidden_size=36$"):
+            check_model(config(wide), verb, ARCH)
+    for verb in ("data", "export"):
+        check_model(config(wide), verb, ARCH)
+    taught = config({**wide, "teacher": {"path": "other"}})
+    check_model(taught, "distill", ARCH)
+    with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
+        check_teacher(taught, ARCH, ARCH)

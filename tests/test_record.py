@@ -1,0 +1,172 @@
+"""Which settings bind a run, and the lock on its folder."""
+
+import dataclasses
+import json
+import os
+import re
+
+import pytest
+
+from minitron.config.build import build
+from minitron.config.schema import Config
+from minitron.errors import RequestError
+from minitron.files import write_json
+from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, own, settings_of
+
+DONE = ("data", "calibrate", "prune", "distill", "evaluate", "export")
+
+
+def config(**changes):
+    """Settings of a compression, some of them other ones: `train={"lr": 1}`."""
+    usual = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": "t"}, "target": {"num_layers": 2}, "train": {"steps": 8}}
+    return build(Config, {**usual, **{group: {**usual.get(group, {}), **values} for group, values in changes.items()}})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(DONE, BEGUN, STEPS)`: a folder in which stages are done or only begun, with checkpoints of these steps."""
+
+    def make(done=(), begun=(), steps=(), cfg=None):
+        cfg = cfg or config()
+        write_json(tmp_path / RECORD, {stage: {"done": stage in done, "settings": settings_of(cfg, stage, free=True)} for stage in (*done, *begun)})
+        files = [ARTIFACTS[stage] for stage in done if stage != "distill"] + [f"checkpoints/step_{step:08}/metadata.json" for step in steps]
+        for file in (tmp_path / name for name in files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+        return tmp_path
+
+    return make
+
+
+OTHERS = {
+    "data": {"data": {"train": "other"}},
+    "calibrate": {"calibrate": {"samples": 7}},
+    "target": {"target": {"num_layers": 3}},
+    "lr": {"train": {"lr": 1}},
+    "beta": {"train": {"beta1": 0.5}},
+    "teacher": {"teacher": {"path": "other"}},
+    "dtype": {"dtype": "fp32"},
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "binding"),
+    [
+        ({}, set()),
+        ({"begun": DONE}, set()),  # begun and refused, or killed: nothing came of it
+        ({"done": ["data"]}, {"data"}),
+        ({"done": ["data"], "begun": ["calibrate"]}, {"data"}),
+        ({"done": ["data", "calibrate"], "begun": ["prune"]}, {"data", "calibrate", "dtype"}),
+        ({"done": ["data", "calibrate", "prune"], "begun": ["distill"]}, {"data", "calibrate", "target", "dtype"}),
+        ({"done": ["data", "calibrate", "prune"], "begun": ["distill"], "steps": [4]}, {*OTHERS} - {"lr"}),
+        ({"done": ["data", "calibrate", "prune", "distill"], "steps": [4, 8]}, {*OTHERS}),
+        ({"begun": ["data", "calibrate", "prune", "distill"], "steps": [8]}, {*OTHERS}),  # trained to the end, begun again before
+        ({"begun": ["data", "calibrate", "prune", "distill"], "steps": [4]}, {*OTHERS} - {"lr"}),
+        ({"done": ["evaluate", "export"]}, set()),  # nothing follows from these
+    ],
+)
+def test_settings_bind_once_something_was_made_with_them(run, state, binding):
+    folder, refused = run(**state), {}
+    for name, change in OTHERS.items():
+        cfg = dataclasses.replace(config(), **change) if name == "dtype" else config(**change)
+        try:
+            claim(folder, cfg, "compress")
+        except RequestError as error:
+            refused[name] = str(error)
+    assert {*refused} == binding
+    claim(folder, config(), "compress")
+
+
+def test_what_binds_is_named_as_it_is_written(run):
+    folder = run(done=["data", "calibrate", "prune"], cfg=config(target={"num_layers": None, "ffn_hidden_size": [8, 4]}))
+    belongs = re.escape(f"run.dir={folder} belongs to a run whose prune has ")
+    with pytest.raises(RequestError, match=rf"^target.ffn_hidden_size=null: {belongs}\[8, 4\]; use that, or another run.dir$"):
+        claim(folder, config(), "compress")
+    with pytest.raises(RequestError, match=rf"^target.merge_heads=true: {belongs}false; use that"):
+        claim(folder, config(target={"num_layers": None, "ffn_hidden_size": [8, 4], "merge_heads": True}), "compress")
+
+
+def test_a_training_says_what_changed(run, capsys):
+    folder = run(begun=["distill"], steps=[2, 4])
+    claim(folder, config(train={"lr": 1e-3, "warmup_steps": 2}), "distill")
+    changed = "train.lr=0.001 (before: 0.0001), train.warmup_steps=2 (before: 40)"
+    assert capsys.readouterr().err == f"minitron: {changed} from step 5 on\n"
+    claim(folder, config(), "distill")
+    claim(folder, config(train={"lr": 1e-3}), "evaluate")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_command_at_a_time(tmp_path):
+    who = f"process {os.getpid()} on "
+    for _ in range(2):
+        with locked(tmp_path):
+            with (
+                pytest.raises(RequestError, match=f"^run.dir={tmp_path}: {who}.* is at work in it; wait for it, or use another run.dir$"),
+                locked(tmp_path),
+            ):
+                pass
+            assert (tmp_path / LOCK).read_text().startswith(who)  # nor did the other one take it away
+        assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_ends_with_its_command(tmp_path):
+    """However that ends, whatever file it leaves, and whatever children it forked that live on."""
+    waiting, go_on = os.pipe()
+    command = os.fork()
+    if not command:
+        os.close(go_on)
+        with locked(tmp_path):
+            if os.fork():
+                os._exit(0)  # as if killed
+            os.read(waiting, 1)  # until the end of this test
+            os._exit(0)
+    try:
+        os.waitpid(command, 0)
+        assert (tmp_path / LOCK).read_text().startswith(f"process {command} on ")
+        with locked(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        os.close(go_on)
+
+
+def test_errors_inside_the_lock_pass_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), locked(tmp_path):
+        (tmp_path / "nothing").read_text()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_file_that_was_removed_under_the_lock_is_no_lock(tmp_path, monkeypatch):
+    """Whoever waited for a command to remove its file holds a file that nobody else will look at."""
+    import fcntl
+
+    flock, calls = fcntl.flock, []
+
+    def removed_before(handle, how):
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with locked(tmp_path), pytest.raises(RequestError), locked(tmp_path):
+        pass
+    assert len(calls) == 3
+
+
+def test_file_systems_without_locks_are_told_of(tmp_path, monkeypatch, capsys):
+    def unable(handle, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unable)
+    with locked(tmp_path):
+        assert "its file system has no locks (Operation not supported)" in capsys.readouterr().err
+
+
+def test_the_folder_of_something_else(tmp_path):
+    own(tmp_path / "new")
+    own(tmp_path / "new")
+    (tmp_path / "new" / "thesis.txt").touch()
+    with pytest.raises(RequestError, match="the folder holds files that are not a run's"):
+        own(tmp_path / "new")
+    (tmp_path / "new" / RECORD).write_text(json.dumps({}))
+    own(tmp_path / "new")
