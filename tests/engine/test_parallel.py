@@ -32,7 +32,7 @@ from tests.oracles.models import save_model
         ({"tp": 3}, 4, "parallel.tp=3: tp x pp x cp = 3 must divide the number of processes, 4"),
         ({"tp": 2, "pp": 2}, 2, "parallel.tp=2: tp x pp x cp = 4 must divide the number of processes, 2"),
         ({"tp": 2}, 1, "must divide the number of processes, 1"),
-        ({"sp": True}, 1, "parallel.sp=True: sequence parallelism needs parallel.tp of at least 2"),
+        ({"sp": True}, 1, "parallel.sp=true: sequence parallelism needs parallel.tp of at least 2"),
         ({"vpp": 2}, 4, "parallel.vpp=2: virtual stages need parallel.pp of at least 2"),
         ({"cp": 3}, 4, "parallel.tp=1: tp x pp x cp = 3 must divide the number of processes, 4"),
         ({"ep": 2}, 4, "parallel.ep=2: only 1 is supported"),

@@ -151,7 +151,8 @@ def cases(draw, layers=3):
     heads, biased = groups * per_group, draw(st.booleans())
     config = {
         "num_hidden_layers": draw(st.integers(1, layers)), "hidden_size": heads * draw(st.integers(2, 6)),
-        "intermediate_size": draw(st.integers(2, 20)), "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
+        "intermediate_size": draw(st.integers(2, 20)), "num_attention_heads": heads, "num_key_value_heads": groups,
+        "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
         "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}),
     }  # fmt: skip
     new_groups = draw(st.integers(1, groups))

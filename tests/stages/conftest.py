@@ -17,6 +17,6 @@ def settings(stories: Path, tales: Path) -> list[str]:
 def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that went through without a break."""
     root = tmp_path_factory.mktemp("finished")
-    done = minitron(root / "log", "compress", f"run.dir={root / 'run'}", *settings)
+    done = minitron(root / "compress", "compress", f"run.dir={root / 'run'}", *settings)
     assert (done.code, done.err) == (0, ""), done
     return root / "run"

@@ -13,7 +13,7 @@ def told(done):
 
 
 def test_a_compression_tells_what_its_stages_made(finished):
-    lines = (finished.parent / "log.out").read_text().splitlines()
+    lines = (finished.parent / "compress.out").read_text().splitlines()
     cut = lines.index("[3/7] prune")
     assert lines[cut + 1 : cut + 3] == ["  260.0 K -> 163.3 K parameters (62.8 % kept)", "  hidden size 64 -> 48, MLP neurons per layer 172 -> 128"]
     assert f"  {finished}/importance.safetensors: a score for every unit, by activation" in lines
