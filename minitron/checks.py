@@ -15,7 +15,7 @@ from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.errors import RequestError, refuse
-from minitron.pruning.target import check_layers_by, check_layout, check_smaller, target_arch
+from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.weights.source import locate, open_folder
 
 
@@ -95,7 +95,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     if "target" in groups:
         pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, cfg.target)
-        check_layers_by(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
+        check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
     elif "calibrate" in groups or ("teacher" in groups and cfg.teacher.path is None):
         check_layout(arch, cfg.parallel, "the model's")
     if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:

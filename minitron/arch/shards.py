@@ -10,7 +10,7 @@ import math
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Dim, Parameter, dim_size, num_units
-from minitron.errors import refuse
+from minitron.errors import RequestError, refuse
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:
@@ -20,7 +20,9 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
     Raises RequestError where a stage would have none.
     """
     if num_layers < stages:
-        raise refuse("parallel.pp", stages, f"pp x vpp stages need a layer each: at most the number of layers, {num_layers}")
+        raise RequestError(
+            f"parallel.pp x parallel.vpp = {stages}: every stage needs a layer, at most the number of layers, {num_layers}, is possible"
+        )
     extra = [*range(1, stages - 1), 0, stages - 1][: num_layers % stages]
     counts = [num_layers // stages + (stage in extra) for stage in range(stages)]
     ends = list(itertools.accumulate(counts))

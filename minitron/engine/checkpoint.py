@@ -12,20 +12,20 @@ import re
 import shutil
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import ShardedTensor, serialization, strategies
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import PARAMETERS
+from minitron.arch.axes import PARAMETERS, Indices
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import Model, put, rows, skeleton
 from minitron.engine.optimizer_state import give_state, padding_stays, step_counts_stay, unshare_steps
@@ -91,13 +91,16 @@ def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[
             fsync_path(folder.parent)
 
     on_main(world, begin)
-    failure = None
+    failure: str | None = None
+    alone: list[Exception] = []
     log = logging.getLogger("megatron.core.dist_checkpointing")
     level = log.level
     log.setLevel(logging.CRITICAL)  # what went wrong is said once, below
     try:
-        with written_by_threads():
+        with written_by_threads(), failing_later(alone):
             dist_checkpointing.save(state, str(temporary))
+        if alone:
+            failure = f"cannot write {folder}: {why_not_written(alone[0], temporary)}"
     except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writers met
         failure = f"cannot write {folder}: {why_not_written(error, temporary)}"
     finally:
@@ -124,6 +127,34 @@ def written_by_threads() -> Iterator[None]:
         yield
     finally:
         filesystem_async.mp, filesystem_async._results_queue = usual
+
+
+@contextlib.contextmanager
+def failing_later(failures: list[Exception]) -> Iterator[None]:
+    """Inside the block what Megatron has rank 0 write alone is put into `failures` where it fails, and raised by nobody.
+
+    The other ranks are in the next collective by then: rank 0 must take part in it, and say afterwards that it failed.
+    """
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return attempt
+
+    places = (
+        (strategies.common.TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    )
+    with contextlib.ExitStack() as undo:
+        for owner, name in places:
+            undo.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, noting(vars(owner)[name]))
+        yield
 
 
 def why_not_written(error: BaseException, folder: Path) -> str:
@@ -155,10 +186,15 @@ def notes(model: Model) -> dict[str, str]:
 def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
     """Read a model that `save_model` or a training run wrote, at this layout."""
     model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec)
-    model.unit_order = {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
+    model.unit_order = read_order(folder)
     loaded = load_sharded({"model": model_state(model, world)}, folder)
     fill(model, loaded["model"])
     return model
+
+
+def read_order(folder: Path) -> dict[str, Indices]:
+    """How the units of a saved model lie (see Model.unit_order)."""
+    return {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
 
 
 def fill(model: Model, tensors: dict[str, Any]) -> None:
@@ -214,9 +250,9 @@ class Checkpoints:
         step = on_main(trainer.world, self.latest)
         if step is None:
             return False
-        give_state(trainer.optimizer)
         loaded = load_sharded(_whole_state(trainer, loading=True), self.path(step))
         fill(trainer.model, loaded["model"])
+        trainer.model.unit_order = read_order(self.path(step))
         with step_counts_stay(trainer.optimizer):
             trainer.optimizer.load_state_dict(loaded["optimizer"])
         unshare_steps(trainer.optimizer)
@@ -230,6 +266,7 @@ class Checkpoints:
 
 def _whole_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
     model = model_state(trainer.model, trainer.world)
+    give_state(trainer.optimizer)  # where no step has been applied yet, there is none
     with padding_stays(trainer.optimizer):
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
     return {"model": model, "optimizer": optimizer, "trainer": trainer.state()}

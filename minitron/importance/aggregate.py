@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 Tensor = torch.Tensor
-BLOCK_ELEMENTS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,30 +20,27 @@ class Aggregation:
     finish: Callable[[Tensor, float], Tensor]
 
 
+def exact(values: Tensor) -> torch.dtype:
+    """What values are summed in: fp32, or their own type where that is wider."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def _variance(sums_KU: Tensor, count: float) -> Tensor:
     return (sums_KU[1] / count - (sums_KU[0] / count) ** 2).clamp_min(0.0)
 
 
 AGGREGATIONS = {
-    "mean": Aggregation(lambda x: (x.abs(),), lambda sums, count: sums[0] / count),
-    "l2": Aggregation(lambda x: (x * x,), lambda sums, count: sums[0].sqrt()),
+    # abs is exact in any type, and cheaper in a narrow one
+    "mean": Aggregation(lambda x: (x.abs().to(exact(x)),), lambda sums, count: sums[0] / count),
+    "l2": Aggregation(lambda x: (x.to(exact(x)).square(),), lambda sums, count: sums[0].sqrt()),
     # in fp64: where the mean outweighs the spread, as in outlier channels, a difference of fp32 squares would be mostly rounding
     "var": Aggregation(lambda x: (x.double(), x.double().square()), _variance),
 }
 
 
-def blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """The tokens of activations in pieces whose fp32 copies stay in a processor's cache, which halves what hooks cost there."""
-    return (values,) if values.is_cuda else values.split(max(1, BLOCK_ELEMENTS // max(1, values[0].numel())))
-
-
 def sequence_sums(values_SBU: Tensor, name: str) -> Tensor:
     """Sums [K, B, U] over the tokens at hand, in fp32 (the variance's in fp64) whatever the values' type."""
-    totals: list[Tensor] = []
-    for block in blocks(values_SBU):
-        sums = [term.sum(dim=0) for term in AGGREGATIONS[name].terms(block.float())]
-        totals = [total.add_(more) for total, more in zip(totals, sums, strict=True)] if totals else sums
-    return torch.stack(totals)
+    return torch.stack([term.sum(dim=0) for term in AGGREGATIONS[name].terms(values_SBU)])
 
 
 def finish_sequence(sums_KBU: Tensor, name: str, tokens: float) -> Tensor:

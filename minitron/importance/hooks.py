@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from minitron import engine
-from minitron.importance.aggregate import batch_sums, blocks, finish_sequence, sequence_sums
+from minitron.importance.aggregate import batch_sums, finish_sequence, sequence_sums
 
 Tensor = torch.Tensor
 LAYERS_BI = "layers.bi"
@@ -103,9 +103,7 @@ def block_cosines(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) ->
     """Block Importance: the cosine between a block's input and output, summed over the tokens at hand, [1, B, 1]."""
     before_SBH = args[0] if args else kwargs["hidden_states"]
     after_SBH = output[0] if isinstance(output, tuple) else output
-    total_B = sum(cosines(*pair).sum(dim=0) for pair in zip(blocks(before_SBH), blocks(after_SBH), strict=True))
-    assert isinstance(total_B, Tensor)
-    return total_B[None, :, None]
+    return cosines(before_SBH, after_SBH).sum(dim=0)[None, :, None]
 
 
 def cosines(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:

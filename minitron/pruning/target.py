@@ -71,7 +71,8 @@ def check_stages(num_layers: int, parallel: Parallel, whose: str) -> None:
     """Refuse more pipeline stages than layers."""
     if num_layers < parallel.pp * parallel.vpp:
         stages = f"pp x vpp = {parallel.pp * parallel.vpp} stages" if parallel.vpp > 1 else "stages"
-        raise refuse("parallel.pp", parallel.pp, f"{stages} need a layer each: at most {whose} number of layers, {num_layers}")
+        name = "vpp" if num_layers >= parallel.pp else "pp"
+        raise refuse(f"parallel.{name}", getattr(parallel, name), f"{stages} need a layer each: at most {whose} number of layers, {num_layers}")
 
 
 def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:
@@ -81,10 +82,14 @@ def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:
         raise impossible(name, target, getattr(arch, name), "nothing to prune: the model has these sizes already")
 
 
-def check_layers_by(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None) -> None:
-    """Refuse a ranking of layers that calibration will not measure."""
-    if target.layers_by == "bi" or pruned.num_layers == arch.num_layers:
+def check_ways(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None) -> None:
+    """Refuse a ranking of layers that calibration will not measure, and ways of cutting what is not cut."""
+    if target.merge_heads and all(pruned.layer(n).heads_per_group == arch.heads_per_group for n in range(pruned.num_layers)):
+        raise refuse("target.merge_heads", True, "no KV group loses query heads with these targets; false is needed")
+    if target.layers_by == "bi":
         return
+    if pruned.num_layers == arch.num_layers:
+        raise refuse("target.layers_by", target.layers_by, "no layers are cut with these targets; bi is needed")
     needed = skipped_at_a_time(target.layers_by, arch.num_layers, pruned.num_layers)
     if skip_layers != needed:
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers={needed} is needed with it")

@@ -103,6 +103,20 @@ def test_training_goes_on_at_another_layout(layout, checkpoints, folder):
     assert found == {before: pytest.approx(expected, rel=1e-5) for before in checkpoints}
 
 
+def saved_before_any_step(world, folder, out):
+    """A run that is stopped when no step has changed anything yet, and goes on from there."""
+    Checkpoints(out).save(Run(world, folder).trainer)
+    run = Run(world, folder)
+    assert Checkpoints(out).resume(run.trainer)
+    return [run.step()["loss"] for _ in range(3)]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_a_checkpoint_before_the_first_step(layout, folder, tmp_path):
+    assert on_ranks(saved_before_any_step, layout, folder, tmp_path)[0] == pytest.approx(on_ranks(in_one_piece, Layout(), folder)[0][:3], rel=1e-5)
+
+
 def test_only_complete_checkpoints_count(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert (checkpoints.steps(), checkpoints.latest()) == ([], None)
@@ -137,9 +151,10 @@ def saved_until_full(world, folder, out, limit):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2)], ids=str)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_nothing_else(layout, folder, tmp_path):
-    for steps, said in on_ranks(saved_until_full, layout, folder, tmp_path, 4096):
+@pytest.mark.parametrize("limit", [4096, 1024, 16])  # in the shards; in what rank 0 writes alone; in the smallest file
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(pp=2)], ids=str)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_nothing_else(layout, limit, folder, tmp_path):
+    for steps, said in on_ranks(saved_until_full, layout, folder, tmp_path, limit):
         assert steps == [1]
         assert said.startswith(f"cannot write {tmp_path}/step_00000002: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]

@@ -5,7 +5,7 @@ import pytest
 from minitron.arch.families import from_hf
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError
-from minitron.pruning.target import check_smaller, target_arch
+from minitron.pruning.target import check_smaller, check_ways, target_arch
 from tests.oracles.models import BIASES, config_of
 
 ARCH = from_hf(
@@ -46,7 +46,7 @@ def test_impossible_targets(target, said):
         ({"hidden_size": 48}, {"tp": 7}, "^parallel.tp=7: must divide the model's ffn_hidden_size=240$"),
         ({"ffn_hidden_size": 0.26}, {"tp": 5}, "^target.ffn_hidden_size=0.26: comes to 64: must be divisible by parallel.tp=5$"),
         ({"num_layers": 3}, {"pp": 4}, "^parallel.pp=4: stages need a layer each: at most the target's number of layers, 3$"),
-        ({"num_layers": 3}, {"pp": 2, "vpp": 2}, "^parallel.pp=2: pp x vpp = 4 stages need a layer each: at most the target's number of layers, 3$"),
+        ({"num_layers": 3}, {"pp": 2, "vpp": 2}, "^parallel.vpp=2: pp x vpp = 4 stages need a layer each: at most the target's number of layers, 3$"),
         ({"hidden_size": 48}, {"pp": 7}, "^parallel.pp=7: stages need a layer each: at most the model's number of layers, 6$"),
         ({"hidden_size": 48}, {"tp": 60}, "^parallel.tp=60: the last rank would have none of the 61 tokens of the vocabulary$"),
     ],
@@ -106,3 +106,20 @@ def test_any_size_that_is_smaller_is_something_to_prune():
 )
 def test_sizes_and_fractions(target, sizes):
     assert target_arch(ARCH, Target(**target), Parallel()) == ARCH.replace(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"hidden_size": 48, "merge_heads": True}, "target.merge_heads=true: no KV group loses query heads"),
+        ({"hidden_size": 48, "layers_by": "loss"}, "target.layers_by=loss: no layers are cut"),
+        ({"num_layers": 4, "layers_by": "loss"}, "target.layers_by=loss: calibrate.skip_layers=1 is needed with it"),
+        ({"num_layers": 4, "layers_by": "block"}, "target.layers_by=block: calibrate.skip_layers=2 is needed with it"),
+    ],
+    ids=str,
+)
+def test_ways_of_cutting_that_have_nothing_to_do_or_nothing_to_go_by(target, said):
+    wanted = Target(**target)
+    with pytest.raises(RequestError, match=said):
+        check_ways(ARCH, target_arch(ARCH, wanted, Parallel()), wanted, None)
+    check_ways(ARCH, target_arch(ARCH, Target(num_layers=4), Parallel()), Target(num_layers=4, layers_by="block"), 2)
