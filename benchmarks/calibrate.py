@@ -45,7 +45,8 @@ def measured(dtype: str, repeats: int, microbatches: int, settings: list[str], s
                 for tokens in batches:
                     engine.forward_only(model, [tokens], world, watch=probes)
 
-        plain(), hooked()
+        for warm_up in (plain, hooked):
+            warm_up()
         turns = [(seconds(plain), seconds(hooked)) for _ in range(repeats)]
     return statistics.median(turn[0] for turn in turns), statistics.median(turn[1] for turn in turns)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from minitron import engine
 from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
@@ -69,8 +70,7 @@ def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str,
 
 def trained(folder: Path) -> int:
     """The step of the newest checkpoint, 0 where there is none."""
-    names = (path.parent.name.removeprefix("step_") for path in folder.glob(ARTIFACTS["distill"]))
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return engine.Checkpoints(folder / "checkpoints").latest() or 0
 
 
 def own(folder: Path) -> None:

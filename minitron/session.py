@@ -53,7 +53,8 @@ class Session:
 
     @functools.cached_property
     def source(self) -> Source:
-        """The model to compress, checked; a .gguf is converted once, a hub id fetched once."""
+        """The model to compress, checked; a .gguf is converted once, a hub id fetched once. `session` opens it on every rank together, so
+        that what rank 0 does alone may read it."""
         return self._open(self.cfg.model.path, "model.path", "source")
 
     @functools.cached_property
@@ -87,7 +88,7 @@ class Session:
         """The run's tokens, prepared on first use by rank 0; refused where they are too few for what this verb reads."""
         from minitron.data.prepare import SPLITS, prepare  # a dataset file: with Megatron, like the engine
 
-        cfg, source = self.cfg, self.source  # opened by every rank together, before rank 0 goes to work alone
+        cfg, source = self.cfg, self.source
         splits = SPLITS if cfg.data.train != MISSING else [split for split in SPLITS if getattr(cfg.data, split) not in (None, MISSING)]
 
         def make() -> Manifest:
@@ -136,8 +137,6 @@ class Session:
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""
 
-        self.source  # noqa: B018 -- opened by every rank together
-
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
             same = entry.get("settings") == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
@@ -156,8 +155,6 @@ class Session:
 
     def mark(self, verb: str, done: bool) -> None:
         """Note that a stage began, or that it is finished, on rank 0. What was made from an earlier result of it is out of date."""
-
-        self.source  # noqa: B018 -- opened by every rank together
 
         def note() -> None:
             record = read_json(self.folder / RECORD)

@@ -16,7 +16,7 @@ from minitron.reporting.wording import counted
 from minitron.session import Session, session, stop_on_signal
 
 if TYPE_CHECKING:
-    from minitron.data.corpus import TrainingSamples, Windows
+    from minitron.data.corpus import TrainingSamples
 
 # figures of a step -> what they are beside the bar: the two losses are different quantities
 SHOWN = {"loss": "distillation loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
@@ -68,20 +68,13 @@ def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, ste
     return [next(stream) for _ in range(count)]
 
 
-def held_out(opened: Session) -> Windows:
-    """The windows of data.valid that a validation reads."""
-    from minitron.data.corpus import Windows
-
-    train = opened.cfg.train
-    return Windows(opened.data.blend("valid"), train.seq_length, limit_tokens=train.eval_tokens, setting="train.eval_tokens")
-
-
 def validate(opened: Session, student: engine.Model) -> dict[str, float]:
     """The student's language-model loss on held-out text."""
-    from minitron.data.corpus import eval_batches
+    from minitron.data.corpus import Windows, eval_batches
 
-    world = opened.world
-    stream = eval_batches(held_out(opened), micro_batch_size=opened.cfg.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    train, world = opened.cfg.train, opened.world
+    windows = Windows(opened.data.blend("valid"), train.seq_length, limit_tokens=train.eval_tokens, setting="train.eval_tokens")
+    stream = eval_batches(windows, micro_batch_size=train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
     return {"valid_loss": engine.language_model_score(student, stream, world).loss}
 
 

@@ -79,10 +79,13 @@ def test_the_demo_s_cut_is_plain_indexing(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def documents(data_root):
-    """Sections of a real book."""
-    with gzip.open(data_root / "text" / "openstax.jsonl.gz", "rt", encoding="utf-8") as handle:
-        return [json.loads(line)["text"] for line in itertools.islice(handle, 40)]
+def book(data_root):
+    """Lines of jsonl, each a section of a real book."""
+    file = data_root / "text" / "openstax.jsonl.gz"
+    if not file.exists():
+        pytest.skip(f"no {file} (MINITRON_TEST_DATA)")
+    with gzip.open(file, "rt", encoding="utf-8") as handle:
+        return list(itertools.islice(handle, 200))
 
 
 def kept(here, folder, documents):
@@ -99,8 +102,9 @@ def kept(here, folder, documents):
 
 
 @pytest.mark.multirank
-def test_every_layout_keeps_the_same_units_of_the_real_model(folder, documents):
+def test_every_layout_keeps_the_same_units_of_the_real_model(folder, book):
     """Three KV groups on two ranks leave one dead; ranks 2 and 3 of a pipeline hold other layers; replicas see other samples."""
+    documents = [json.loads(line)["text"] for line in book[:40]]
     expected = on_ranks(kept, Layout(), folder, documents)[0]
     for layout in (Layout(tp=2), Layout(pp=2), Layout(tp=3), Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2, vpp=2)):
         for found in on_ranks(kept, layout, folder, documents):
@@ -125,13 +129,9 @@ def run_with(criterion, root, text, settings):
     return found["teacher"]["loss"], found["pruned"]["loss"]
 
 
-def test_activations_keep_more_than_weights_or_chance(data_root, tmp_path):
-    books = data_root / "text" / "openstax.jsonl.gz"
-    if not books.exists():
-        pytest.skip(f"no {books} (MINITRON_TEST_DATA)")
+def test_activations_keep_more_than_weights_or_chance(book, tmp_path):
     text = tmp_path / "text.jsonl"
-    with gzip.open(books, "rt", encoding="utf-8") as handle:
-        text.write_text("".join(itertools.islice(handle, 200)), encoding="utf-8")
+    text.write_text("".join(book), encoding="utf-8")
     settings = ["calibrate.samples=32", "calibrate.seq_length=256", "calibrate.micro_batch_size=4"]
     losses = {criterion: run_with(criterion, tmp_path, text, settings) for criterion in ("activation", "magnitude", "random")}
     assert len({teacher for teacher, _ in losses.values()}) == 1
