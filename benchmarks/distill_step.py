@@ -21,6 +21,7 @@ from minitron import engine
 from minitron.config.compose import compose
 from minitron.config.schema import Config
 from minitron.distillation.losses import forward_kl
+from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.importance.scores import random_scores
 from minitron.pruning.keep import select
@@ -52,7 +53,7 @@ def minitron_step(opened: Session, student_folder: Path) -> Step:
     student = reslice(opened.load_source(), select(random_scores(arch, cfg.seed), arch, target), target, world)
     export(student, world, opened.source.config, opened.source.folder, student_folder, opened.dtype)
     trainer = engine.Trainer(student, cfg.train, world)
-    loss = distillation_loss(student, opened.teacher, cfg.distill, world)
+    loss = distillation_loss(student, LiveTeacher(opened.teacher, world), cfg.distill, world)
     watch, seconds = Watch(), dict[str, float]()
     prepare, finish = trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads
 
@@ -68,9 +69,9 @@ def minitron_step(opened: Session, student_folder: Path) -> Step:
     trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads = prepare_grads, step_with_ready_grads
 
     def step(tokens_BS: torch.Tensor) -> tuple[float, dict[str, float]]:
-        batches = list(tokens_BS.split(cfg.train.micro_batch_size))
+        batches = [engine.Batch(part) for part in tokens_BS.split(cfg.train.micro_batch_size)]
         watch.lap()
-        student_loss = loss(batches)
+        student_loss = loss(0, batches)
         seconds["teacher"] = watch.lap()
         line = trainer.update(batches, student_loss)
         return line["loss"], dict(seconds)

@@ -48,6 +48,8 @@ def check(cfg: Config, verb: str) -> None:
     groups = VERBS[verb].groups
     if "distill" in groups and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
+    if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
+        raise refuse("calibrate.compile", True, missing)
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
@@ -63,6 +65,22 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+
+
+def no_compiler(device: str) -> str | None:
+    """Why torch can't compile here, or None."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "the package triton is not installed; use false"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler is found (g++, or what CXX names); use false"
+    return None
 
 
 def check_lengths(cfg: Config, verb: str) -> None:

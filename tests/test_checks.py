@@ -1,9 +1,11 @@
 """What is refused, or remarked upon, from settings and numbers of tokens alone."""
 
 import pytest
+import torch
+import torch._inductor.config
 
 from minitron.arch.families import from_hf
-from minitron.checks import check_lengths, check_model, check_teacher, check_texts, remarks
+from minitron.checks import check, check_lengths, check_model, check_teacher, check_texts, remarks
 from minitron.config.build import build
 from minitron.config.schema import Config
 from minitron.data.manifest import Manifest, Part
@@ -119,3 +121,9 @@ def test_the_model_must_fit_the_layout_where_it_is_loaded():
     check_model(taught, "distill", ARCH)
     with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
         check_teacher(taught, ARCH, ARCH)
+
+
+def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
+    with pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):
+        check(config({"calibrate": {"compile": True}}), "calibrate")

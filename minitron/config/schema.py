@@ -120,6 +120,9 @@ class Calibrate:
     criterion: str = setting("activation", "what ranks the units", allowed=("activation", "magnitude", "random"))
     batch_agg: str = setting("l2", "aggregation over samples", allowed=("l2", "mean", "var"))
     seq_agg: str = setting("mean", "aggregation over a sample's tokens, done first", allowed=("mean", "l2", "var"))
+    compile: bool = setting(
+        False, "measure with compiled kernels that read each activation once: for wide models; a C++ compiler or, on a GPU, Triton is needed"
+    )
     skip_layers: int | None = setting(
         None, "also measure the loss without every run of this many layers, one pass over skip_samples for each (null: don't)", least=1
     )

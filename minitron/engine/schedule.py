@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 from minitron.engine.attention import sequence_part
+from minitron.engine.batch import Batch
 from minitron.engine.model import Chunk, Model
 from minitron.engine.parallel import World
 
@@ -61,7 +62,7 @@ def forward_only(
 
 
 def forward_backward(
-    wrapped: Sequence[Any], microbatches_BS: Sequence[Tensor], world: World, loss: Callable[[int, Tensor], LossParts]
+    wrapped: Sequence[Any], batches: Sequence[Batch], world: World, loss: Callable[[int, Tensor], LossParts]
 ) -> list[dict[str, Tensor]]:
     """Forward and backward over a step's microbatches; gradients end reduced over replicas and divided by the global count of tokens.
 
@@ -76,7 +77,7 @@ def forward_backward(
 
     for chunk in wrapped:
         chunk.train()
-    logs: list[dict[str, Tensor]] = run_schedule(list(wrapped), step, microbatches_BS, world, forward_only=False)
+    logs: list[dict[str, Tensor]] = run_schedule(list(wrapped), step, [batch.inputs_BS for batch in batches], world, forward_only=False)
     return logs
 
 

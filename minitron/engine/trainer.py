@@ -17,6 +17,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron.config.schema import Train
+from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
 from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
@@ -32,14 +33,14 @@ BAD_STEPS_IN_A_ROW = 5
 class Task:
     """What a run of training is made of, besides the model.
 
-    `microbatches(step)`: the input tokens [B, S + 1] of this rank's microbatches. `loss(step)`: given them, returns the
+    `microbatches(step)`: this rank's. `loss(step, microbatches)` returns the
     function that turns a microbatch's last hidden states into (sum over its tokens, their count, sums to log); called once
     per step, before the model's own pass, so a teacher's pass belongs there. `validate()`: figures to log now and then.
     `report(line)`: a step's metrics, on rank 0.
     """
 
-    microbatches: Callable[[int], list[Tensor]]
-    loss: Callable[[list[Tensor]], Callable[[int, Tensor], LossParts]]
+    microbatches: Callable[[int], list[Batch]]
+    loss: Callable[[int, list[Batch]], Callable[[int, Tensor], LossParts]]
     validate: Callable[[], dict[str, float]]
     report: Callable[[dict[str, Any]], None]
 
@@ -100,7 +101,7 @@ class Trainer:
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
 
-    def update(self, microbatches_BS: list[Tensor], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
+    def update(self, batches: list[Batch], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
         """One optimizer step. Returns the loss parts per token, the gradient norm and the learning rate used.
 
         A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
@@ -109,7 +110,7 @@ class Trainer:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(1)
-        logs = forward_backward(self.wrapped, [tokens[:, :-1] for tokens in microbatches_BS], self.world, loss)
+        logs = forward_backward(self.wrapped, batches, self.world, loss)
         parts = global_means(logs, self.world)
         lr = self.optimizer.param_groups[0]["lr"]
         # every rank sees the same sums and the same norm, so every rank skips; a bf16 optimizer would not notice by itself
@@ -187,7 +188,7 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
     while trainer.step < settings.steps:
         started = time.perf_counter()
         batches = task.microbatches(trainer.step)
-        line = trainer.update(batches, task.loss(batches))
+        line = trainer.update(batches, task.loss(trainer.step, batches))
         trainer.step += 1
         bad = bad + 1 if line["skipped"] else 0
         if bad == BAD_STEPS_IN_A_ROW:

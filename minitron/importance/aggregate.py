@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 
 Tensor = torch.Tensor
+BLOCK, SMALL = 1 << 18, 1 << 21  # elements
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-    """`terms`: what is summed, stacked as K; `finish`: the K sums and the count to the aggregate."""
+    """`terms`: what is summed, stacked as K, each in memory of its own; `finish`: the K sums and the count to the aggregate."""
 
     terms: Callable[[Tensor], tuple[Tensor, ...]]
     finish: Callable[[Tensor, float], Tensor]
@@ -34,13 +35,25 @@ AGGREGATIONS = {
     "mean": Aggregation(lambda x: (x.abs().to(exact(x)),), lambda sums, count: sums[0] / count),
     "l2": Aggregation(lambda x: (x.to(exact(x)).square(),), lambda sums, count: sums[0].sqrt()),
     # in fp64: where the mean outweighs the spread, as in outlier channels, a difference of fp32 squares would be mostly rounding
-    "var": Aggregation(lambda x: (x.double(), x.double().square()), _variance),
+    "var": Aggregation(lambda x: (x.to(torch.float64, copy=True), x.double().square()), _variance),
 }
+
+
+def in_blocks(values_SBU: Tensor) -> tuple[Tensor, ...]:
+    """Parts along S whose temporaries stay in a core's cache, where whole ones would go through memory. A GPU takes all at once."""
+    if values_SBU.is_cuda or values_SBU.numel() <= SMALL or torch.compiler.is_compiling():
+        return (values_SBU,)
+    return values_SBU.split(max(1, BLOCK // values_SBU[0].numel()))
 
 
 def sequence_sums(values_SBU: Tensor, name: str) -> Tensor:
     """Sums [K, B, U] over the tokens at hand, in fp32 (the variance's in fp64) whatever the values' type."""
-    return torch.stack([term.sum(dim=0) for term in AGGREGATIONS[name].terms(values_SBU)])
+    first, *others = in_blocks(values_SBU)
+    totals = AGGREGATIONS[name].terms(first)
+    for block in others:
+        for total, term in zip(totals, AGGREGATIONS[name].terms(block), strict=True):
+            total[: len(term)] += term
+    return torch.stack([total.sum(dim=0) for total in totals])
 
 
 def finish_sequence(sums_KBU: Tensor, name: str, tokens: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from minitron import engine
-from minitron.importance.aggregate import batch_sums, finish_sequence, sequence_sums
+from minitron.importance.aggregate import batch_sums, exact, finish_sequence, in_blocks, sequence_sums
 
 Tensor = torch.Tensor
 LAYERS_BI = "layers.bi"
@@ -24,11 +24,15 @@ class Probes:
 
     After the passes, `totals` maps a probe's name to sums [K, U] over the samples this rank saw (the units it holds), and
     `samples` counts them. Probes: "hidden.{n}" per norm, "ffn.{layer}", "heads.{layer}", and "layers.bi.{layer}" whose one
-    unit is the sum of cosines over tokens. `seq_length` is that of whole sequences.
+    unit is the sum of cosines over tokens. `seq_length` is that of whole sequences. `compiled`: what the hooks compute runs as
+    kernels of torch.compile, which read an activation once.
     """
 
-    def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str, seq_length: int) -> None:
+    def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str, seq_length: int, compiled: bool = False) -> None:
         self.model, self.world, self.seq_agg, self.batch_agg, self.seq_length = model, world, seq_agg, batch_agg, seq_length
+        parts: list[Callable[..., Any]] = [sums_of_units, sums_of_heads, cosines_and_lengths]
+        self.sums_of_units, self.sums_of_heads, cosines = (torch.compile(part, dynamic=False) if compiled else part for part in parts)
+        self.cosines = Cosines(cosines)
         self.pending: dict[int, dict[str, Tensor]] = {}
         self.current: int | None = None
         self.totals: dict[str, Tensor] = {}
@@ -74,7 +78,7 @@ class Probes:
             yield block.pre_mlp_layernorm, self._hook(f"hidden.{2 * number + 1}", self._output)
             yield block.self_attention.linear_proj, self._hook(f"heads.{number}", self._heads)
             yield block.mlp.linear_fc2, self._hook(f"ffn.{number}", self._input)
-            yield block, self._hook(f"{LAYERS_BI}.{number}", block_cosines)
+            yield block, self._hook(f"{LAYERS_BI}.{number}", self.cosines)
         final_norm = self.model.chunks[-1].decoder.final_layernorm
         if final_norm is not None:
             yield final_norm, self._hook(f"hidden.{2 * arch.num_layers}", self._output)
@@ -86,31 +90,56 @@ class Probes:
 
         return hook
 
-    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return sequence_sums(output, self.seq_agg)
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        return self.sums_of_units(output, self.seq_agg)
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Of a row-parallel matrix: this rank's units."""
-        return sequence_sums(args[0], self.seq_agg)
+        return self.sums_of_units(args[0], self.seq_agg)
 
-    def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """As `_input`, where a unit is a head: the L2 norm of its channels."""
-        values_SBND = args[0].unflatten(-1, (-1, self.model.arch.kv_channels))
-        return sequence_sums(values_SBND.float().norm(dim=-1), self.seq_agg)
+        return self.sums_of_heads(args[0], self.model.arch.kv_channels, self.seq_agg)
 
 
-def block_cosines(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    """Block Importance: the cosine between a block's input and output, summed over the tokens at hand, [1, B, 1]."""
-    before_SBH = args[0] if args else kwargs["hidden_states"]
-    after_SBH = output[0] if isinstance(output, tuple) else output
-    return cosines(before_SBH, after_SBH).sum(dim=0)[None, :, None]
+def sums_of_units(values_SBU: Tensor, seq_agg: str) -> Tensor:
+    """[K, B, U]."""
+    return sequence_sums(values_SBU, seq_agg)
 
 
-def cosines(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
-    """Token by token, [S, B], in fp32."""
-    before_SBH, after_SBH = before_SBH.float(), after_SBH.float()
-    lengths_SB = torch.linalg.vector_norm(before_SBH, dim=-1) * torch.linalg.vector_norm(after_SBH, dim=-1)
-    return torch.linalg.vecdot(before_SBH, after_SBH) / lengths_SB.clamp_min(1e-12)
+def sums_of_heads(values_SBC: Tensor, kv_channels: int, seq_agg: str) -> Tensor:
+    """[K, B, N] of the heads' L2 norms."""
+    values_SBND = values_SBC.unflatten(-1, (-1, kv_channels))
+    return sequence_sums(torch.linalg.vector_norm(values_SBND, dim=-1, dtype=exact(values_SBND)), seq_agg)
+
+
+def cosines_and_lengths(before_SBH: Tensor, after_SBH: Tensor, lengths_SB: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token by token, in fp32: the cosines of `before` and `after`, and the lengths of `after`; those of `before` may be known."""
+    found = []
+    for before, after in zip(in_blocks(before_SBH), in_blocks(after_SBH), strict=True):
+        before, after = before.float(), after.float()
+        ours = [before, after] if lengths_SB is None else [after]
+        found.append((torch.linalg.vecdot(before, after), *(torch.linalg.vector_norm(x, dim=-1) for x in ours)))
+    dots_SB, *lengths = (torch.cat(part) for part in zip(*found, strict=True))
+    before_SB = lengths[0] if lengths_SB is None else lengths_SB
+    return dots_SB / (before_SB * lengths[-1]).clamp_min(1e-12), lengths[-1]
+
+
+class Cosines:
+    """Block Importance: the cosine between a block's input and output, summed over the tokens at hand, [1, B, 1], in fp32."""
+
+    def __init__(self, measure: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.measure = measure
+        # the last block's output, which is the next one's input, and its lengths: found once
+        self.output_SBH, self.lengths_SB = torch.empty(0), torch.empty(0)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        before_SBH = args[0] if args else kwargs["hidden_states"]
+        after_SBH = output[0] if isinstance(output, tuple) else output
+        known = self.lengths_SB if before_SBH is self.output_SBH else None
+        cosines_SB, self.lengths_SB = self.measure(before_SBH, after_SBH, known)
+        self.output_SBH = after_SBH
+        return cosines_SB.sum(dim=0)[None, :, None]
 
 
 def complete(sums: dict[str, Tensor], world: engine.World) -> None:

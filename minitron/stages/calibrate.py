@@ -61,7 +61,7 @@ def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str,
     mine = range(world.dp_rank, len(samples), world.dp)
     starts = range(0, len(mine), settings.micro_batch_size)
     microbatches = (torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]]) for start in starts)
-    probes = Probes(model, world, settings.seq_agg, settings.batch_agg, settings.seq_length)
+    probes = Probes(model, world, settings.seq_agg, settings.batch_agg, settings.seq_length, settings.compile)
     bar = progress("calibrate", len(mine), opened.cfg.logging.progress and world.is_main)
     with probes.attached(), bar as advance:
         for group in engine.in_passes(microbatches, world, lambda tokens_BS: tokens_BS.shape):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from minitron import engine
 from minitron.config.schema import Config
+from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.reporting.console import progress, say
 from minitron.reporting.tracking import Tracker
@@ -35,7 +34,7 @@ def work(opened: Session) -> None:
     data = opened.data  # before the models: a text that is too short is refused first
     student = opened.load_pruned()
     opened.check_descent()
-    loss = distillation_loss(student, opened.teacher, cfg.distill, world)
+    loss = distillation_loss(student, LiveTeacher(opened.teacher, world), cfg.distill, world)
     trainer = engine.Trainer(student, cfg.train, world)
     opened.checkpoints.resume(trainer)
     if world.is_main and trainer.step:
@@ -58,14 +57,14 @@ def work(opened: Session) -> None:
         say(f"{opened.checkpoints.path(trainer.step)}: the student after {counted(trainer.step, 'step')}")
 
 
-def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[torch.Tensor]:
-    """This rank's microbatches [B, S + 1] of a step: the global batch holds the same samples whatever the split."""
+def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[engine.Batch]:
+    """This rank's microbatches of a step: the global batch holds the same samples whatever the split."""
     from minitron.data.corpus import batches
 
     count = cfg.train.global_batch_size // (cfg.train.micro_batch_size * world.dp)
     stream = batches(samples, start=step * cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, num_microbatches=count,
                      dp_rank=world.dp_rank, dp_size=world.dp)  # fmt: skip
-    return [next(stream) for _ in range(count)]
+    return [engine.Batch(next(stream)) for _ in range(count)]
 
 
 def validate(opened: Session, student: engine.Model) -> dict[str, float]:

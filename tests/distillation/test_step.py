@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from minitron.config.schema import Distill, Train
+from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
+from minitron.engine.batch import Batch
 from minitron.engine.scoring import language_model_score
 from minitron.engine.trainer import Trainer
 from minitron.weights.load import load
@@ -54,11 +56,11 @@ def battery(world, folders, micro_batch_size, out):
         student = load(source, world, torch.float32)
         teacher = load(open_folder(teacher_folder, "teacher.path"), world, torch.float32).requires_grad_(False)
         trainer = Trainer(student, Train(**SETTINGS, micro_batch_size=micro_batch_size), world)
-        loss = distillation_loss(student, teacher, Distill(temperature=TEMPERATURE, chunk_tokens=5), world)
+        loss = distillation_loss(student, LiveTeacher(teacher, world), Distill(temperature=TEMPERATURE, chunk_tokens=5), world)
         lines[name] = []
-        for tokens in global_batches():
-            microbatches = list(tokens[world.dp_rank :: world.dp].split(micro_batch_size))
-            lines[name].append(trainer.update(microbatches, loss(microbatches)))
+        for step, tokens in enumerate(global_batches()):
+            microbatches = [Batch(part) for part in tokens[world.dp_rank :: world.dp].split(micro_batch_size)]
+            lines[name].append(trainer.update(microbatches, loss(step, microbatches)))
         export(student, world, source.config, student_folder, out / name, torch.float32)
         dead[name] = dead_parts(student, world)
     return lines, dead

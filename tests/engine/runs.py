@@ -5,7 +5,9 @@ import dataclasses
 import torch
 
 from minitron.config.schema import Distill, Train
+from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
+from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
 from minitron.engine.trainer import Task, Trainer, fit
 from minitron.weights.load import load
@@ -27,19 +29,19 @@ class Run:
                 parameter.mul_(0.8 if "mlp" in name else 1.2)
         self.trainer = Trainer(student, settings, world)
         self.lines, self.validations = [], 0
-        loss = distillation_loss(student, teacher.requires_grad_(False), Distill(), world)
+        loss = distillation_loss(student, LiveTeacher(teacher.requires_grad_(False), world), Distill(), world)
         self.task = Task(microbatches=self.microbatches, loss=loss, validate=self.validate, report=self.lines.append)
 
     def step(self):
         """One step that works, so that there is a state of the optimizer."""
         batch = self.microbatches(self.trainer.step)
-        line = self.trainer.update(batch, self.task.loss(batch))
+        line = self.trainer.update(batch, self.task.loss(self.trainer.step, batch))
         self.trainer.step += 1
         return line
 
     def microbatches(self, step):
         tokens = tokens_of(61, self.settings.global_batch_size, self.settings.seq_length + 1, seed=step)
-        return list(tokens[self.world.dp_rank :: self.world.dp].split(self.settings.micro_batch_size))
+        return [Batch(part) for part in tokens[self.world.dp_rank :: self.world.dp].split(self.settings.micro_batch_size)]
 
     def validate(self):
         self.validations += 1

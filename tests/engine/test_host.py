@@ -109,7 +109,9 @@ def literals(module):
 def imported_after_a_step(world, folder, out):
     """Train a step, save, load; then {module of Megatron: its calls with device="cuda"}."""
     from minitron.config.schema import Distill, Train
+    from minitron.distillation.signal import LiveTeacher
     from minitron.distillation.step import distillation_loss
+    from minitron.engine.batch import Batch
     from minitron.engine.checkpoint import Checkpoints
     from minitron.engine.trainer import Trainer
     from minitron.weights.load import load
@@ -117,8 +119,8 @@ def imported_after_a_step(world, folder, out):
 
     student, teacher = (load(open_folder(folder, "model.path"), world, torch.bfloat16) for _ in range(2))
     trainer = Trainer(student, Train(steps=2), world)
-    batch = [tokens_of(61, 2, 9)]
-    trainer.update(batch, distillation_loss(student, teacher.requires_grad_(False), Distill(), world)(batch))
+    batch = [Batch(tokens_of(61, 2, 9))]
+    trainer.update(batch, distillation_loss(student, LiveTeacher(teacher.requires_grad_(False), world), Distill(), world)(0, batch))
     Checkpoints(out).save(trainer)
     Checkpoints(out).resume(trainer)
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("megatron.core")}

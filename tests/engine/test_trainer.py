@@ -21,8 +21,8 @@ def folder(tmp_path_factory):
 def spoiled(loss, value):
     """A loss like `loss` whose value, or whose gradient, is not finite."""
 
-    def for_step(microbatches):
-        inner = loss(microbatches)
+    def for_step(step, batches):
+        inner = loss(step, batches)
 
         def compute(number, hidden):
             total, tokens, parts = inner(number, hidden)
@@ -42,7 +42,7 @@ def spoiled_step(world, folder, value, dtype):
     run.step()
     before = {name: parameter.detach().clone() for name, parameter in run.trainer.model.named_parameters()}
     batch = run.microbatches(1)
-    line = run.trainer.update(batch, spoiled(run.task.loss, value)(batch))
+    line = run.trainer.update(batch, spoiled(run.task.loss, value)(1, batch))
     same = all(torch.equal(parameter, before[name]) for name, parameter in run.trainer.model.named_parameters())
     after = run.step()
     return line["skipped"], same, math.isfinite(after["loss"]) and math.isfinite(after["grad_norm"]) and after["skipped"] == 0

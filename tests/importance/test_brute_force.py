@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minitron.checks import no_compiler
 from minitron.engine.schedule import forward_only
-from minitron.importance import hooks
+from minitron.importance import aggregate, hooks
 from minitron.importance.aggregate import AGGREGATIONS, finish_sequence, sequence_sums
 from minitron.importance.hooks import Probes
 from minitron.importance.scores import collect, expected_shapes, magnitude_scores
@@ -146,3 +147,29 @@ def test_activations_in_bf16_are_summed_in_fp32(models, samples, expected, alone
             forward_only(model, [samples], alone, watch=probes)
     for name, score in collect(probes, alone).items():
         assert np.abs(score.numpy() / expected["biases", "mean", "mean"][name] - 1).mean() < 0.05, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("seq_agg", AGGREGATIONS)
+def test_activations_that_are_read_in_blocks_give_the_same_sums(seq_agg, dtype, monkeypatch):
+    values = torch.randn(11, 2, 6).to(dtype)
+    blocks = {}
+    for size in (12, 25, 10**6):  # of one row, of two with one over, of all
+        monkeypatch.setattr(aggregate, "SMALL", 0)
+        monkeypatch.setattr(aggregate, "BLOCK", size)
+        blocks[len(aggregate.in_blocks(values))] = sequence_sums(values, seq_agg)
+    assert set(blocks) == {11, 6, 1}
+    for found in blocks.values():
+        torch.testing.assert_close(found, blocks[1], rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_hooks_find_the_same_scores(models, samples, expected, alone):
+    if no_compiler("cpu"):
+        pytest.skip("no C++ compiler")
+    model = load(open_folder(models["tied"], "model.path"), alone, torch.float32)
+    probes = Probes(model, alone, "mean", "l2", LENGTH, compiled=True)
+    with probes.attached():
+        forward_only(model, samples.split(MICROBATCH), alone, watch=probes)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 3
+    found, reference = collect(probes, alone), expected["tied", "l2", "mean"]
+    assert wrong(found, {name: reference[name] for name in found}) == {}

@@ -1,0 +1,56 @@
+"""What a teacher says about a microbatch's tokens, and where it comes from. The losses see a signal and don't ask.
+
+Legend: B microbatch, S sequence, T = B x S tokens (the sequence first, as activations lie), G the teacher's hidden size, v its live
+vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from minitron import engine
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns hidden states into this rank's logits: `weight_vH` without vocabulary padding; `first` is the number of its first token."""
+
+    weight_vH: Tensor
+    first: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeSignal:
+    """The teacher's whole distribution of each token, as hidden states and a head: its logits are made in chunks, where they are used."""
+
+    hidden_TG: Tensor
+    head: Head
+
+
+class Teacher(Protocol):
+    """Gives the signals of a step's microbatches: one for each on the last stage, none elsewhere. Every rank asks."""
+
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
+        """`step` counts from 0 and numbers the global batch."""
+
+
+class LiveTeacher:
+    """A model on the same ranks, run forward over a step's microbatches; only its last hidden states are kept, and its logits never made."""
+
+    def __init__(self, model: engine.Model, world: engine.World) -> None:
+        self.model, self.world = model, world
+
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
+        """As `Teacher` says."""
+
+        def collect(number: int, hidden_SBG: Tensor) -> WholeSignal:
+            weight_vG, first = engine.live_head(self.model, self.world)
+            return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), Head(weight_vG.detach(), first))
+
+        return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect)

@@ -1,0 +1,28 @@
+"""What one pass of training reads.
+
+Legend: B sequences, S positions, T = S + 1 tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Batch(NamedTuple):
+    """A microbatch: tokens, and where asked for which predictions count and which document each position is of."""
+
+    tokens_BT: Tensor
+    counted_BS: Tensor | None = None  # bool: the prediction made at a position counts in the loss (None: all do)
+    documents_BS: Tensor | None = None  # positions with equal numbers see each other (None: all of a sequence do)
+
+    @property
+    def inputs_BS(self) -> Tensor:
+        """What the models read."""
+        return self.tokens_BT[:, :-1]
+
+    @property
+    def labels_BS(self) -> Tensor:
+        """What comes next at each position."""
+        return self.tokens_BT[:, 1:]
