@@ -55,9 +55,8 @@ def check(cfg: Config, verb: str) -> None:
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
-    for name, ranks in (("tp", cfg.teacher.parallel.tp), ("pp", cfg.teacher.parallel.pp)):
-        if "teacher" in groups and ranks not in (None, getattr(cfg.parallel, name)):
-            raise refuse(f"teacher.parallel.{name}", ranks, f"only null or parallel.{name}={getattr(cfg.parallel, name)} is supported")
+    if "teacher" in groups:
+        check_teacher_ranks(cfg)
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
             if (spec := getattr(cfg.data, name)) not in (None, MISSING):
@@ -114,8 +113,10 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, cfg.target)
         check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
-    elif "calibrate" in groups or ("teacher" in groups and cfg.teacher.path is None):
+    elif "calibrate" in groups:
         check_layout(arch, cfg.parallel, "the model's")
+    if "teacher" in groups and cfg.teacher.path is None:
+        check_teacher_layout(cfg, arch, "the model's")
     if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
 
@@ -124,7 +125,23 @@ def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:
     """A teacher must know the student's tokens, and fit the layout."""
     if teacher.vocab_size != student.vocab_size:
         raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
-    check_layout(teacher, cfg.parallel, "the teacher's")
+    check_teacher_layout(cfg, teacher, "the teacher's")
+
+
+def check_teacher_ranks(cfg: Config) -> None:
+    """A layout of the teacher's own must go round the processes, as the student's."""
+    layout, size = cfg.teacher_parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = layout.tp * layout.pp * layout.cp
+    if layout != cfg.parallel and size % ranks:
+        name = "tp" if layout.tp != cfg.parallel.tp else "pp"
+        allowed = f"the teacher's tp x pp x parallel.cp = {ranks} must divide the number of processes, {size}"
+        raise refuse(f"teacher.parallel.{name}", getattr(layout, name), allowed)
+
+
+def check_teacher_layout(cfg: Config, teacher: Arch, whose: str) -> None:
+    """The teacher must fit its own layout."""
+    layout = cfg.teacher_parallel
+    check_layout(teacher, layout, whose, "parallel" if layout == cfg.parallel else "teacher.parallel")
 
 
 def check_texts(cfg: Config, verb: str, data: Manifest) -> None:

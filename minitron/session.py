@@ -112,10 +112,19 @@ class Session:
         return load(self.source, self.world, self.dtype)
 
     @functools.cached_property
+    def teacher_world(self) -> engine.World:
+        """The teacher's layout of the processes: `world` itself unless teacher.parallel says otherwise. Asked for by every rank together."""
+        layout = self.cfg.teacher_parallel
+        return self.world if layout == self.cfg.parallel else engine.beside(self.world, layout)
+
+    @functools.cached_property
     def teacher(self) -> engine.Model:
-        """The teacher, this rank's shard, without gradients; kept for the rest of the command."""
-        model = load(self.teacher_source, self.world, self.dtype, engine.pick_spec(self.cfg.spec, self.teacher_source.arch, self.world))
+        """The teacher, this rank's shard in `teacher_world`, without gradients; kept for the rest of the command."""
+        world, source = self.teacher_world, self.teacher_source
+        model = load(source, world, self.dtype, engine.pick_spec(self.cfg.spec, source.arch, world))
         model.requires_grad_(False)
+        if self.cfg.teacher.offload and world.device.type == "cuda":
+            model.offload(world.device)
         return model
 
     def load_pruned(self) -> engine.Model:

@@ -88,14 +88,17 @@ class Parallel:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherParallel:
-    tp: int | None = setting(None, "tensor-parallel ranks of the teacher; only null, the student's, or the same number works", least=1)
-    pp: int | None = setting(None, "pipeline stages of the teacher; only null, the student's, or the same number works", least=1)
+    tp: int | None = setting(None, "tensor-parallel ranks of the teacher (null: the student's)", least=1)
+    pp: int | None = setting(None, "pipeline stages of the teacher (null: the student's)", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     path: str | None = setting(None, "the teacher, in the forms of model.path (null: the model that was compressed)")
     parallel: TeacherParallel = dataclasses.field(default_factory=TeacherParallel)
+    offload: bool = setting(
+        False, "the teacher's weights wait in pinned host memory and are on the GPU for its passes only; changes nothing with device=cpu"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,3 +204,11 @@ class Config:
                         allowed=("auto", "torch", "transformer_engine"))  # fmt: skip
     dtype: str = setting("bf16", "type of weights and activations; gradients and optimizer state are fp32", allowed=("bf16", "fp32"))
     seed: int = setting(1234, "seed of every random choice", least=0)
+
+    @property
+    def teacher_parallel(self) -> Parallel:
+        """The teacher's layout: the student's, or with other tensor ranks or stages and then neither virtual stages nor sequence parallelism."""
+        own = self.teacher.parallel
+        tp, pp = own.tp or self.parallel.tp, own.pp or self.parallel.pp
+        same = (tp, pp) == (self.parallel.tp, self.parallel.pp)
+        return self.parallel if same else dataclasses.replace(self.parallel, tp=tp, pp=pp, vpp=1, sp=False)

@@ -54,3 +54,25 @@ class LiveTeacher:
             return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), Head(weight_vG.detach(), first))
 
         return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect)
+
+
+class ForeignTeacher:
+    """A model on the same ranks in a layout of its own: its replicas share the global batch, and its last hidden states go where they are used.
+
+    `head`: this rank's part of its head in the student's layout, which only the last stage needs (`weights.load.load_head`).
+    """
+
+    def __init__(self, model: engine.Model, world: engine.World, head: Head, student_world: engine.World) -> None:
+        self.model, self.world, self.head, self.student_world = model, world, head, student_world
+        self.relay = engine.Relay(world, student_world)
+
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
+        """As `Teacher` says."""
+        mine_MBS = torch.stack([batch.inputs_BS for batch in batches]).to(self.world.device)
+        all_NBS = engine.every_replica(mine_MBS, self.student_world).flatten(0, 1)
+        share = [all_NBS[number] for number in self.relay.share(len(all_NBS))]  # none where the teacher has more replicas than there is to do
+        found_SBG = engine.forward_only(self.model, share, self.world, lambda _, hidden_SBG: hidden_SBG) if share else []
+        _, batch, length = mine_MBS.shape
+        shape_SBG = (length // self.world.cp, batch, self.model.arch.hidden_size)
+        arrived_SBG = self.relay.carry(found_SBG, len(all_NBS), torch.empty(shape_SBG, dtype=self.model.config.params_dtype, device="meta"))
+        return [WholeSignal(hidden_SBG.flatten(0, 1), self.head) for hidden_SBG in arrived_SBG]

@@ -3,6 +3,7 @@
 Shapes: S sequence (a rank's part under sequence and context parallelism), B batch, H hidden.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from minitron.arch.arch import Arch
 from minitron.arch.axes import GATE_UP, PARAMETERS, Indices, Parameter
 from minitron.arch.shards import padded, shard_shape
 from minitron.engine.attention import Rotary
-from minitron.engine.parallel import World
+from minitron.engine.offload import HostWeights
+from minitron.engine.parallel import World, inside
 from minitron.engine.specs import SPECS, rope_settings, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,6 +54,15 @@ class Model(torch.nn.ModuleList):
         self.arch = arch
         # where pruning over tensor ranks left an axis' units out of ascending order: "ffn.3" -> their original numbers, as they lie
         self.unit_order: dict[str, Indices] = {}
+        self.host: HostWeights | None = None
+
+    def offload(self, device: torch.device) -> None:
+        """From here on the weights, which nothing may change any more, lie in host memory but while `on_device` holds them on the device."""
+        self.host = HostWeights(self.parameters(), device)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """The weights are where the model computes inside this block; passes enter it by themselves, around several it saves copies."""
+        return self.host or contextlib.nullcontext()
 
     @property
     def config(self) -> TransformerConfig:
@@ -83,7 +94,7 @@ def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") 
     chunks = []
     for number in range(world.vpp):
         vp_stage = number if world.vpp > 1 else None
-        with torch.device("meta"):
+        with torch.device("meta"), inside(world):
             chunk = Chunk(
                 config,
                 SPECS[spec](config, vp_stage),

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ class World:
     groups: ProcessGroupCollection
     patient: Any  # a group of all ranks that waits for as long as rank 0 needs for what it does alone
     alone: list[bool] = dataclasses.field(default_factory=list)  # not empty while it does
+    globals: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # Megatron's own, as `inside` puts them in place
 
     @property
     def is_main(self) -> bool:
@@ -109,32 +111,77 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
         lookout = Lookout()
         undo.push(lambda kind, error, trace: _stop(lookout, error))
         _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes), lookout)
-        parallel_state.initialize_model_parallel(
-            parallel.tp,
-            parallel.pp,
-            parallel.vpp if parallel.vpp > 1 else None,
-            context_parallel_size=parallel.cp,
-            distributed_timeout_minutes=parallel.timeout_minutes,
-            create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
-        )
+        _make_groups(parallel, device)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield World(
-            device=device,
-            rank=dist.get_rank(),
-            size=size,
-            tp=parallel.tp,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp=parallel.pp,
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            dp=parallel_state.get_data_parallel_world_size(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            cp=parallel.cp,
-            cp_rank=parallel_state.get_context_parallel_rank(),
-            vpp=parallel.vpp,
-            sequence_parallel=parallel.sp,
-            groups=ProcessGroupCollection.use_mpu_process_groups(),
-            patient=dist.new_group(backend="gloo", timeout=PATIENCE),
-        )
+        yield _placed(parallel, device, dist.new_group(backend="gloo", timeout=PATIENCE), [])
+
+
+def beside(first: World, parallel: Parallel) -> World:
+    """The same processes laid out a second time, for another model. Called by every rank; the groups end with those of `first`.
+
+    What Megatron reads from its globals instead of being told, it reads of `first` everywhere but `inside` the second.
+    """
+    check_layout(parallel, first.size)
+    with _globals(dict.fromkeys(_megatron_globals())):
+        _make_groups(parallel, first.device)
+        return _placed(parallel, first.device, first.patient, first.alone)
+
+
+@contextlib.contextmanager
+def inside(world: World) -> Iterator[None]:
+    """Megatron's globals are those of `world` in this block, and afterwards what they were before. What runs a model of it enters by itself."""
+    with _globals(world.globals):
+        yield
+
+
+@contextlib.contextmanager
+def _globals(values: dict[str, Any]) -> Iterator[None]:
+    before = _megatron_globals()
+    vars(parallel_state).update(values)
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(before)
+
+
+def _megatron_globals() -> dict[str, Any]:
+    """Megatron's record of its groups, ranks and sizes. All of it is empty (None, or a dict that only hybrid layouts fill) before groups are made."""
+    groups = {name: value for name, value in vars(parallel_state).items() if re.fullmatch(r"_[A-Z][A-Z_]*", name) and name != "_HYBRID_DP_CP_GROUPS"}
+    return {**groups, "_global_process_group_list": parallel_state._global_process_group_list}
+
+
+def _make_groups(parallel: Parallel, device: torch.device) -> None:
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
+    )
+
+
+def _placed(parallel: Parallel, device: torch.device, patient: Any, alone: list[bool]) -> World:
+    """This rank's place in the groups that Megatron has now."""
+    return World(
+        device=device,
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tp=parallel.tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp=parallel.pp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        cp=parallel.cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        vpp=parallel.vpp,
+        sequence_parallel=parallel.sp,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        patient=patient,
+        alone=alone,
+        globals=_megatron_globals(),
+    )
 
 
 def _join(size: int, device: torch.device, timeout: datetime.timedelta, lookout: Lookout) -> None:

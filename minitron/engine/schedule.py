@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from minitron.engine.attention import sequence_part
 from minitron.engine.batch import Batch
 from minitron.engine.model import Chunk, Model
-from minitron.engine.parallel import World
+from minitron.engine.parallel import World, inside
 
 Tensor = torch.Tensor
 Item = TypeVar("Item")
@@ -56,7 +56,7 @@ def forward_only(
         return hidden_SBH, lambda hidden_SBH, non_loss_data: collect(number, hidden_SBH) if collect is not None and real else None
 
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), model.on_device():
         results: list[Any] = run_schedule(model.chunks, step, filled, world, forward_only=True)
     return results[: len(microbatches_BS)]
 
@@ -85,16 +85,17 @@ def run_schedule(chunks: list[Any], step: Callable[..., Any], microbatches_BS: S
     """Megatron's schedule for this layout; `step` gets an iterator of (number, tokens) of its chunk."""
     batch, seq_length = microbatches_BS[0].shape
     iterators = [iter(enumerate(microbatches_BS)) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if world.vpp > 1 else iterators[0],
-        model=chunks if world.vpp > 1 else chunks[0],
-        num_microbatches=len(microbatches_BS),
-        seq_length=seq_length,
-        micro_batch_size=batch,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with inside(world):
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if world.vpp > 1 else iterators[0],
+            model=chunks if world.vpp > 1 else chunks[0],
+            num_microbatches=len(microbatches_BS),
+            seq_length=seq_length,
+            micro_batch_size=batch,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
 def fill_up(microbatches_BS: Sequence[Tensor], world: World) -> Sequence[Tensor]:

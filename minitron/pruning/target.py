@@ -59,20 +59,20 @@ def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str
     return Layer(**sizes)
 
 
-def check_layout(arch: Arch, parallel: Parallel, whose: str) -> None:
-    """Refuse a layout that a model can't be laid over; `whose` sizes these are is said."""
+def check_layout(arch: Arch, parallel: Parallel, whose: str, group: str = "parallel") -> None:
+    """Refuse a layout that a model can't be laid over; `whose` sizes these are is said, and `group` is where its settings are."""
     if arch.ffn_hidden_size % parallel.tp:
-        raise refuse("parallel.tp", parallel.tp, f"must divide {whose} ffn_hidden_size={arch.ffn_hidden_size}")
+        raise refuse(f"{group}.tp", parallel.tp, f"must divide {whose} ffn_hidden_size={arch.ffn_hidden_size}")
     padded(arch, parallel.tp)
-    check_stages(arch.num_layers, parallel, whose)
+    check_stages(arch.num_layers, parallel, whose, group)
 
 
-def check_stages(num_layers: int, parallel: Parallel, whose: str) -> None:
+def check_stages(num_layers: int, parallel: Parallel, whose: str, group: str = "parallel") -> None:
     """Refuse more pipeline stages than layers."""
     if num_layers < parallel.pp * parallel.vpp:
         stages = f"pp x vpp = {parallel.pp * parallel.vpp} stages" if parallel.vpp > 1 else "stages"
         name = "vpp" if num_layers >= parallel.pp else "pp"
-        raise refuse(f"parallel.{name}", getattr(parallel, name), f"{stages} need a layer each: at most {whose} number of layers, {num_layers}")
+        raise refuse(f"{group}.{name}", getattr(parallel, name), f"{stages} need a layer each: at most {whose} number of layers, {num_layers}")
 
 
 def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:

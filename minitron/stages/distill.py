@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from minitron import engine
 from minitron.config.schema import Config
-from minitron.distillation.signal import LiveTeacher
+from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, Teacher
 from minitron.distillation.step import distillation_loss
 from minitron.reporting.console import progress, say
 from minitron.reporting.tracking import Tracker
 from minitron.reporting.wording import counted
 from minitron.session import Session, session, stop_on_signal
+from minitron.weights.load import load_head
 
 if TYPE_CHECKING:
     from minitron.data.corpus import TrainingSamples
@@ -34,7 +35,7 @@ def work(opened: Session) -> None:
     data = opened.data  # before the models: a text that is too short is refused first
     student = opened.load_pruned()
     opened.check_descent()
-    loss = distillation_loss(student, LiveTeacher(opened.teacher, world), cfg.distill, world)
+    loss = distillation_loss(student, teacher_of(opened), cfg.distill, world)
     trainer = engine.Trainer(student, cfg.train, world)
     opened.checkpoints.resume(trainer)
     if world.is_main and trainer.step:
@@ -55,6 +56,14 @@ def work(opened: Session) -> None:
     opened.mark("distill", done=True)
     if world.is_main:
         say(f"{opened.checkpoints.path(trainer.step)}: the student after {counted(trainer.step, 'step')}")
+
+
+def teacher_of(opened: Session) -> Teacher:
+    """The teacher as the student asks it: in the student's layout, or in one of its own."""
+    model, its_world = opened.teacher, opened.teacher_world
+    if its_world is opened.world:
+        return LiveTeacher(model, opened.world)
+    return ForeignTeacher(model, its_world, Head(*load_head(opened.teacher_source, opened.world, opened.dtype)), opened.world)
 
 
 def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[engine.Batch]:

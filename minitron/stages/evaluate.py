@@ -34,16 +34,16 @@ def work(opened: Session) -> dict[str, Any]:
     absent = [f"{name} (minitron {verb} makes it)" for name, verb in MAKERS.items() if name not in models]
     if absent and opened.world.is_main:
         say(f"evaluates {' and '.join(models)} alone; not here yet: {', '.join(absent)}")
-    results = {name: measure(load(), name, opened) for name, load in models.items()}
+    results = {name: measure(load(), name, opened, opened.teacher_world if name == "teacher" else opened.world) for name, load in models.items()}
     engine.on_main(opened.world, lambda: write_json(opened.folder / FILE, results))
     opened.mark("evaluate", done=True)
     return results
 
 
-def measure(model: engine.Model, name: str, opened: Session) -> dict[str, Any]:
-    """One model's entry of eval.json. The figures at its top are of held-out text of the training corpus."""
-    texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened) for text in opened.cfg.eval.texts}
-    held_out = score(model, "valid", f"{name} on held-out text", opened)
+def measure(model: engine.Model, name: str, opened: Session, world: engine.World) -> dict[str, Any]:
+    """One model's entry of eval.json; `world` is its layout. The figures at its top are of held-out text of the training corpus."""
+    texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened, world) for text in opened.cfg.eval.texts}
+    held_out = score(model, "valid", f"{name} on held-out text", opened, world)
     return {
         "params": model.arch.num_parameters(),
         **_entry(held_out),
@@ -53,15 +53,15 @@ def measure(model: engine.Model, name: str, opened: Session) -> dict[str, Any]:
     }
 
 
-def score(model: engine.Model, split: str, description: str, opened: Session) -> engine.Score:
+def score(model: engine.Model, split: str, description: str, opened: Session, world: engine.World) -> engine.Score:
     """Loss on windows of a prepared text that do not overlap; the last, partial window is left out."""
-    cfg, world = opened.cfg, opened.world
+    cfg = opened.cfg
     from minitron.data.corpus import Windows, eval_batches
 
     seq_length = cfg.eval.seq_length or cfg.train.seq_length
     windows = Windows(opened.data.blend(split), seq_length, limit_tokens=cfg.eval.tokens)
     stream = eval_batches(windows, micro_batch_size=cfg.eval.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
-    with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance:
+    with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance, model.on_device():
         return engine.language_model_score(model, stream, world, lambda count: advance(count * world.dp))
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.arch.axes import Parameter, part_sizes
+from minitron.arch.axes import PARAMETERS, VOCAB, Parameter, part_sizes
 from minitron.arch.shards import held_units, shard_shape
 from minitron.arch.units import to_units
 from minitron.weights.source import Source
@@ -24,6 +24,19 @@ def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "t
         engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world, dtype))
     reader.close()
     return model
+
+
+def load_head(source: Source, world: engine.World, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """This rank's part of the head alone [v, H], without vocabulary padding, and the number of its first token: of a model that itself lies in
+    another layout. Stages before the last get no rows."""
+    live, _ = held_units(VOCAB, source.arch, world.tp, world.tp_rank, sharded=True)
+    if not world.is_last_stage:
+        return torch.empty(0, source.arch.hidden_size, dtype=dtype, device=world.device), live.start
+    name = "embedding.word_embeddings.weight" if source.arch.share_embeddings_and_output_weights else "output_layer.weight"
+    reader = Reader(source.files)
+    shard_VH = read_shard(reader, next(row for row in PARAMETERS if row.name == name), None, source.arch, world, dtype)
+    reader.close()
+    return shard_VH[: len(live)], live.start
 
 
 class Reader:
