@@ -5,7 +5,7 @@ import torch
 import torch._inductor.config
 
 from minitron.arch.families import from_hf
-from minitron.checks import check, check_lengths, check_model, check_teacher, check_texts, remarks
+from minitron.checks import check, check_lengths, check_model, check_teacher, check_teacher_ranks, check_texts, remarks
 from minitron.config.build import build
 from minitron.config.schema import Config
 from minitron.data.manifest import Manifest, Part
@@ -121,6 +121,43 @@ def test_the_model_must_fit_the_layout_where_it_is_loaded():
     check_model(taught, "distill", ARCH)
     with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
         check_teacher(taught, ARCH, ARCH)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"tp": 4, "pp": 2}, "teacher.parallel.tp=4: the teacher's tp x pp x parallel.cp = 8 must divide the number of processes, 4"),
+        ({"pp": 3}, "teacher.parallel.pp=3: the teacher's tp x pp x parallel.cp = 6 must divide the number of processes, 4"),
+    ],
+)
+def test_a_teacher_that_does_not_go_round_the_processes(own, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    layout = {"parallel": {"tp": 2, "vpp": 2, "pp": 2, "sp": True}}
+    check_teacher_ranks(config(layout))
+    check_teacher_ranks(config({**layout, "teacher": {"parallel": {"tp": 1, "pp": 4}}}))
+    with pytest.raises(RequestError) as refusal:
+        check_teacher_ranks(config({**layout, "teacher": {"parallel": own}}))
+    assert str(refusal.value) == said
+
+
+def test_a_teacher_must_fit_its_own_layout_and_not_the_students():
+    for own, said in (({"tp": 5}, "tp=5: must divide the model's ffn_hidden_size=36"), ({"pp": 5}, "pp=5: stages need a layer each: at most .*, 4")):
+        for verb in ("compress", "distill", "evaluate"):
+            with pytest.raises(RequestError, match=rf"^teacher.parallel.{said}$"):
+                check_model(config({"teacher": {"parallel": own}}), verb, ARCH)
+        check_model(config({"teacher": {"parallel": own}}), "calibrate", ARCH)
+    check_model(config({"parallel": {"tp": 5}, "teacher": {"parallel": {"tp": 4}}}), "evaluate", ARCH)
+    with pytest.raises(RequestError, match=r"^teacher.parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
+        check_teacher(config({"teacher": {"path": "other", "parallel": {"tp": 5}}}), ARCH, ARCH)
+
+
+def test_the_teachers_layout_is_the_students_unless_it_is_another():
+    students = {"parallel": {"tp": 2, "pp": 2, "vpp": 2, "cp": 3, "sp": True}}
+    for own in ({}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}):
+        cfg = config({**students, "teacher": {"parallel": own}})
+        assert cfg.teacher_parallel == cfg.parallel
+    found = config({**students, "teacher": {"parallel": {"tp": 1}}}).teacher_parallel
+    assert (found.tp, found.pp, found.vpp, found.cp, found.sp) == (1, 2, 1, 3, False)
 
 
 def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):

@@ -49,6 +49,13 @@ OTHERS = {
 }
 
 
+def test_where_the_teacher_lies_binds_nothing(run):
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
+    claim(folder, config(teacher={"parallel": {"tp": 2, "pp": 2}, "offload": True}), "compress")
+    with pytest.raises(RequestError, match=r"^teacher.path=other"):
+        claim(folder, config(teacher={"path": "other"}), "compress")
+
+
 @pytest.mark.parametrize(
     ("state", "binding"),
     [

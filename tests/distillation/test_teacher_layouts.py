@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from minitron.config.schema import Distill, Parallel, Train
 from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher
-from minitron.distillation.step import counted, distillation_loss
+from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
 from minitron.engine.exchange import Relay, share_of
 from minitron.engine.parallel import beside, inside

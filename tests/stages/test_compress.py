@@ -213,6 +213,21 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(finished, settings, tmp
 
 
 @pytest.mark.multirank
+def test_a_teacher_in_another_layout_trains_and_scores_the_same(finished, settings, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("checkpoints", "metrics.jsonl", "eval.json"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    own = ("parallel.pp=2", "teacher.parallel.tp=2", "teacher.parallel.pp=1", "teacher.offload=true")
+    with running(tmp_path / "log", "compress", f"run.dir={run}", *settings, *own, size=2) as ranks:
+        assert ranks.results(timeout=240) == [0, 0]
+    alone, both = results(finished), results(run)
+    for name in ("teacher", "student"):
+        assert both[name]["loss"] == pytest.approx(alone[name]["loss"], rel=1e-5)
+    for one, two in zip(lines(finished), lines(run), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.multirank
 def test_two_tensor_ranks_under_torchrun_make_the_same(finished, settings, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minitron"]
