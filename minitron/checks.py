@@ -119,6 +119,8 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_teacher_layout(cfg, arch, "the model's")
     if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
+    if "distill" in groups and cfg.distill.top_k is not None and cfg.distill.top_k >= arch.vocab_size:
+        raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")
 
 
 def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:

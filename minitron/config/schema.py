@@ -138,9 +138,28 @@ class Calibrate:
 
 @dataclasses.dataclass(frozen=True)
 class Distill:
-    loss: str = setting("forward_kl", "distillation loss on the logits", allowed=("forward_kl",))
+    loss: str = setting(
+        "forward_kl",
+        "distillation loss on the logits: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence between the two",
+        allowed=("forward_kl", "reverse_kl", "jsd"),
+    )
+    beta: float = setting(0.5, "jsd: the teacher's share of the mixture", above=0)
     temperature: float = setting(1.0, "temperature of both distributions; the loss is scaled by its square", above=0)
+    top_k: int | None = setting(
+        None, "compare the teacher's largest tokens, as many as this, and all others together (null: every token by itself)", least=1
+    )
+    cross_entropy: float = setting(0.0, "weight of the next-token cross-entropy, at temperature 1, that is added to the loss", least=0)
+    gradients: str = setting(
+        "forward",
+        "when the loss makes its gradients: in its forward pass; recompute: in its backward pass, from logits made once more, which holds no "
+        "gradient of the head in between",
+        allowed=("forward", "recompute"),
+    )
     chunk_tokens: int = setting(128, "tokens whose logits exist at one time inside the loss", least=1)
+
+    def __post_init__(self) -> None:
+        if self.beta >= 1:
+            raise refuse("distill.beta", self.beta, "less than 1 is needed")
 
 
 @dataclasses.dataclass(frozen=True)

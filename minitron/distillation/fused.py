@@ -1,23 +1,36 @@
 """Distillation loss from hidden states and head weights, in chunks of tokens, over vocabulary shards.
 
 Neither model's [tokens, vocabulary] logits ever exist: a chunk's logits are made, turned into their part of the loss and of
-the gradients, and dropped. The gradients are computed in the forward pass, which saves a second product with each head.
+the gradients, and dropped. What happens to a chunk's rows is in `rows.py`.
 
-Per token, with z the logits over T (temperature) and lse their log-sum-exp, each mergeable over shards from its running
-maximum and sum:  KL = sum p_t (z_t - z_s) - lse_t + lse_s,  dKL/dlogits_s = (p_s - p_t) / T, both times T squared.
-
-Legend: T tokens, C tokens of one chunk, v live vocabulary rows of this rank, H and G hidden sizes of student and teacher.
+Legend: T tokens, C tokens of one chunk, v live vocabulary rows of this rank, H and G hidden sizes of student and teacher, K tokens of a
+signal that knows just the largest.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 
 from minitron import engine
+from minitron.config.schema import Distill
+from minitron.distillation.rows import WHOLE, Buffers, Exchange, Gradient, Shard, bucketed, exponentials, largest
+from minitron.distillation.signal import Head, TopSignal, WholeSignal
 
 Tensor = torch.Tensor
+# On a CPU a product in bf16 rounds its logits to bf16. The gradient of forward KL, a difference of probabilities, doesn't suffer; that of the
+# others contains differences of logits, and the choice of the largest tokens depends on them.
+ROUNDED_WILL_DO = ("forward_kl",)
+
+
+class Losses(NamedTuple):
+    """Sums over the masked tokens, scalars, the same on every tensor rank. Gradients flow through `total` alone."""
+
+    total: Tensor  # kd + cross_entropy weight x ce
+    kd: Tensor  # times temperature squared
+    ce: Tensor  # nats at temperature 1, not weighted; 0 where the weight is
 
 
 class Scratch:
@@ -25,81 +38,178 @@ class Scratch:
     the arithmetic on them. Made on first use and again only when a size changes."""
 
     def __init__(self) -> None:
-        self.products = self.head = torch.empty(0)
-        self.floats: list[Tensor] = []
+        self.fitted: tuple[int, torch.Size, torch.dtype, torch.device] = (0, torch.Size(), torch.float32, torch.device("cpu"))
+        self.made: dict[str, Tensor] = {}
 
     def fit(self, chunk: int, head_vH: Tensor) -> None:
-        """Hold [chunk, v] three times in fp32 and once in the head's type, and one head."""
-        shape = (chunk, head_vH.shape[0])
-        if self.products.shape == shape and self.head.shape == head_vH.shape and self.head.dtype == head_vH.dtype:
+        """Have room for chunks of this size and heads of this shape and type."""
+        like = (chunk, head_vH.shape, head_vH.dtype, head_vH.device)
+        if self.fitted != like:
+            self.fitted, self.made = like, {}
+
+    def rows(self, name: str, count: int) -> Tensor:
+        """[count, v] of the buffer of this name: fp32, or the head's type for "product"."""
+        chunk, shape, dtype, device = self.fitted
+        if name not in self.made:
+            self.made[name] = torch.empty(chunk, shape[0], dtype=dtype if name == "product" else torch.float32, device=device)
+        return self.made[name][:count]
+
+    def head(self) -> Tensor:
+        """[v, H] in the head's type."""
+        _, shape, dtype, device = self.fitted
+        if "head" not in self.made:
+            self.made["head"] = torch.empty(shape, dtype=dtype, device=device)
+        return self.made["head"]
+
+    def logits(self, name: str, hidden_CH: Tensor, head: Head, exact: bool) -> Tensor:
+        """One chunk's logits, fp32 [C, v]. `exact`: with the digits of a product in fp32, also where the head has fewer."""
+        out_Cv, weight_Hv = self.rows(name, len(hidden_CH)), head.weight_vH.t()
+        if hidden_CH.dtype == torch.float32:
+            torch.mm(hidden_CH, weight_Hv, out=out_Cv)
+        elif hidden_CH.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+            torch.ops.aten.mm.dtype_out(hidden_CH, weight_Hv, torch.float32, out=out_Cv)
+        else:
+            product_Cv = torch.mm(hidden_CH, weight_Hv, out=self.rows("product", len(hidden_CH)))
+            out_Cv.copy_(product_Cv)
+            if exact:  # what rounding took away, by the same product: it is summed in fp32 and rounded at the end
+                out_Cv.add_(product_Cv.addmm_(hidden_CH, weight_Hv, beta=-1.0))
+        if head.scale != 1.0:
+            out_Cv.mul_(head.scale)
+        return out_Cv if head.softcap is None else out_Cv.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the loss of one microbatch is made of besides what gradients flow to."""
+
+    head: Head
+    signal: WholeSignal | TopSignal
+    mask_T: Tensor
+    labels_T: Tensor | None
+    settings: Distill
+    world: engine.World
+    scratch: Scratch
+
+    def chunks(self) -> list[slice]:
+        """The tokens of each chunk."""
+        step = self.settings.chunk_tokens
+        return [slice(start, start + step) for start in range(0, len(self.mask_T), step)]
+
+    def values(self, student_TH: Tensor, gradients: Gradients | None) -> Losses:
+        """The losses, chunk by chunk; where `gradients` are wanted, they are filled in the same pass."""
+        settings, sums = self.settings, torch.zeros(2, dtype=torch.float64, device=student_TH.device)
+        self.scratch.fit(min(settings.chunk_tokens, student_TH.shape[0]), self.head.weight_vH)
+        for here in self.chunks():
+            kd_C, ce_C, gradient = self._chunk(student_TH[here], here)
+            mask_C = self.mask_T[here].double()
+            sums += torch.stack([(kd_C * mask_C).sum() * settings.temperature**2, (ce_C * mask_C).sum()])
+            if gradients is not None:
+                gradients.add(here, student_TH[here], gradient(mask_C * gradients.factor), self)
+        kd, ce = sums.unbind()
+        return Losses(*(one.float() for one in (kd + settings.cross_entropy * ce, kd, ce)))
+
+    def _chunk(self, student_CH: Tensor, here: slice) -> tuple[Tensor, Tensor, Gradient]:
+        """(divergence per token, cross-entropy per token, what makes the gradient to the unscaled logits from a factor per token)."""
+        settings, head, temperature = self.settings, self.head, self.settings.temperature
+        top = settings.top_k is not None or isinstance(self.signal, TopSignal)
+        exact = top or settings.loss not in ROUNDED_WILL_DO
+        student_Cv = self.scratch.logits("student", student_CH, head, exact)
+        spare_Cv = self.scratch.rows("spare", len(student_CH))
+        kept_Cv = (
+            self.scratch.rows("kept", len(student_CH)).copy_(student_Cv) if settings.cross_entropy > 0 or head.softcap is not None else student_Cv
+        )
+        riders, label = [], None
+        if settings.cross_entropy > 0:
+            assert self.labels_T is not None, "cross-entropy needs labels"
+            label = Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1])
+            riders = [exponentials(kept_Cv, spare_Cv)[1], label.read(kept_Cv)[:, 0]]
+        exchange = Exchange(self.world, riders)
+        kd_C, kd_gradient = self._divergence(student_Cv, spare_Cv, here, exact, exchange)
+        ce_C = torch.zeros_like(kd_C)
+        if settings.cross_entropy > 0:
+            lse_C = torch.logsumexp(exchange.ridden_rEC[:, 0], dim=0)
+            ce_C = lse_C - exchange.ridden_rEC[:, 1].sum(dim=0)
+
+        def gradient(factor_C: Tensor) -> Tensor:
+            grad_Cv = kd_gradient(factor_C * temperature * head.scale)  # of logits / T, and of a loss times T squared
+            if label is not None:
+                weight_C = factor_C * settings.cross_entropy * head.scale
+                p_Cv = torch.sub(kept_Cv, lse_C.float()[:, None], out=spare_Cv).exp_().mul_(weight_C.float()[:, None])
+                label.add(grad_Cv.add_(p_Cv), -weight_C[:, None])
+            if head.softcap is not None:  # the slope of softcap x tanh
+                grad_Cv.mul_(kept_Cv.div_(head.softcap).square_().neg_().add_(1.0))
+            return grad_Cv
+
+        return kd_C, ce_C, gradient
+
+    def _divergence(self, student_Cv: Tensor, spare_Cv: Tensor, here: slice, exact: bool, exchange: Exchange) -> tuple[Tensor, Gradient]:
+        settings, first = self.settings, self.head.first
+        if settings.temperature != 1.0:
+            student_Cv.div_(settings.temperature)
+        if isinstance(self.signal, TopSignal):
+            log_probs_CB = torch.cat([self.signal.log_probs_TK[here], self.signal.tail_T[here, None]], dim=1)
+            return bucketed(settings.loss, student_Cv, settings.beta, first, self.signal.tokens_TK[here], log_probs_CB, exchange)
+        teacher_Cv = self.scratch.logits("teacher", self.signal.hidden_TG[here], self.signal.head, exact)
+        if settings.temperature != 1.0:
+            teacher_Cv.div_(settings.temperature)
+        if settings.top_k is None:
+            return WHOLE[settings.loss](Buffers(student_Cv, teacher_Cv, spare_Cv), settings.beta, exchange)
+        tokens_CK, known_CK = largest(teacher_Cv, first, settings.top_k, exchange)
+        return bucketed(settings.loss, student_Cv, settings.beta, first, tokens_CK, (known_CK, teacher_Cv), exchange)
+
+
+class Gradients:
+    """Gradients of the total times `factor`, as they grow: to the student's hidden states, in their type, and to the head, in fp32."""
+
+    def __init__(self, student_TH: Tensor, head_vH: Tensor, factor: Tensor | float = 1.0) -> None:
+        self.factor = factor
+        self.student_TH = torch.empty_like(student_TH)
+        self.head_vH = torch.zeros(head_vH.shape, dtype=torch.float32, device=head_vH.device)
+
+    def add(self, here: slice, student_CH: Tensor, grad_Cv: Tensor, work: Work) -> None:
+        """Take in a chunk, from the gradient to its logits."""
+        weight_vH, scratch = work.head.weight_vH, work.scratch
+        if weight_vH.dtype == torch.float32:
+            torch.mm(grad_Cv, weight_vH, out=self.student_TH[here])
+            self.head_vH.addmm_(grad_Cv.t(), student_CH)
             return
-        self.products = torch.empty(shape, dtype=head_vH.dtype, device=head_vH.device)
-        self.floats = [torch.empty(shape, dtype=torch.float32, device=head_vH.device) for _ in range(3)]
-        self.head = torch.empty_like(head_vH)
-
-    def logits(self, index: int, hidden_CH: Tensor, head_vH: Tensor, temperature: float) -> Tensor:
-        """One chunk's logits over the temperature, fp32 [C, v]."""
-        product = torch.mm(hidden_CH, head_vH.t(), out=self.products[: len(hidden_CH)])
-        logits_Cv = self.floats[index][: len(hidden_CH)].copy_(product)
-        return logits_Cv if temperature == 1.0 else logits_Cv.div_(temperature)
+        narrow_Cv = scratch.rows("product", len(grad_Cv)).copy_(grad_Cv)
+        torch.mm(narrow_Cv, weight_vH, out=self.student_TH[here])
+        self.head_vH.add_(torch.mm(narrow_Cv.t(), student_CH, out=scratch.head()))
 
 
-class _LinearForwardKL(torch.autograd.Function):
+class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_TH: Tensor, head_vH: Tensor, teacher_TG: Tensor, teacher_head_vG: Tensor, mask_T: Tensor,
-                temperature: float, chunk_tokens: int, world: engine.World, scratch: Scratch) -> Tensor:  # fmt: skip
-        grad_student_TH = torch.empty_like(student_TH)
-        grad_head_vH = torch.empty(head_vH.shape, dtype=torch.float32, device=head_vH.device)
-        loss = torch.zeros((), dtype=torch.float32, device=student_TH.device)
-        scratch.fit(min(chunk_tokens, student_TH.shape[0]), head_vH)
-        for start in range(0, student_TH.shape[0], chunk_tokens):
-            here = slice(start, start + chunk_tokens)
-            student_Cv = scratch.logits(0, student_TH[here], head_vH, temperature)
-            teacher_Cv = scratch.logits(1, teacher_TG[here], teacher_head_vG, temperature)
-            weight_C = mask_T[here].float() * temperature**2
-            kl_C = _chunk(student_Cv, teacher_Cv, scratch.floats[2][: len(weight_C)], weight_C / temperature, world)
-            loss += (kl_C * weight_C).sum()
-            grad_Cv = scratch.products[: len(weight_C)].copy_(student_Cv)
-            torch.mm(grad_Cv, head_vH, out=grad_student_TH[here])
-            product_vH = torch.mm(grad_Cv.t(), student_TH[here], out=scratch.head)
-            grad_head_vH = grad_head_vH.add_(product_vH) if start else grad_head_vH.copy_(product_vH)
-        ctx.save_for_backward(grad_student_TH, grad_head_vH)
-        ctx.head_dtype = head_vH.dtype
-        return loss
+    def forward(ctx: Any, student_TH: Tensor, head_vH: Tensor, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.work, now = work, work.settings.gradients == "forward" and any(ctx.needs_input_grad[:2])
+        gradients = Gradients(student_TH, head_vH) if now else None
+        losses = work.values(student_TH, gradients)
+        ctx.save_for_backward(*((gradients.student_TH, gradients.head_vH) if gradients else (student_TH, head_vH)))
+        ctx.mark_non_differentiable(losses.kd, losses.ce)
+        return losses.total, losses.kd, losses.ce
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_student_TH, grad_head_vH = ctx.saved_tensors
-        # in place: nothing else sees these buffers, and a loss is differentiated once
-        return grad_student_TH.mul_(grad_loss), grad_head_vH.mul_(grad_loss).to(ctx.head_dtype), *[None] * 7
+    def backward(ctx: Any, grad_total: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        work: Work = ctx.work
+        if work.settings.gradients == "forward":
+            # in place: nothing else sees these buffers, and a loss is differentiated once
+            student_TH, head_vH = (saved.mul_(grad_total) for saved in ctx.saved_tensors)
+        else:
+            gradients = Gradients(*ctx.saved_tensors, grad_total)
+            work.values(ctx.saved_tensors[0], gradients)
+            student_TH, head_vH = gradients.student_TH, gradients.head_vH
+        return student_TH, head_vH.to(work.head.weight_vH.dtype), None
 
 
-def _chunk(student_Cv: Tensor, teacher_Cv: Tensor, spare_Cv: Tensor, scale_C: Tensor, world: engine.World) -> Tensor:
-    """KL per token [C]. `student_Cv` becomes (p_s - p_t) * scale over this rank's vocabulary; the others are overwritten."""
-    max_s_C, max_t_C = student_Cv.amax(dim=1), teacher_Cv.amax(dim=1)
-    exp_t_Cv = torch.sub(teacher_Cv, max_t_C[:, None], out=spare_Cv).exp_()
-    # a sum by torch.sum, which adds pairwise: a dot product over a whole vocabulary in fp32 would be off by some 1e-5
-    cross_C = teacher_Cv.sub_(student_Cv).mul_(exp_t_Cv).sum(dim=1)
-    exp_s_Cv = student_Cv.sub_(max_s_C[:, None]).exp_()
-    mine = torch.stack([max_s_C, exp_s_Cv.sum(dim=1), max_t_C, exp_t_Cv.sum(dim=1), cross_C])
-    max_s, sum_s, max_t, sum_t, cross = engine.all_ranks(mine, world).unbind(dim=1)  # each [ranks, C]
-    top_s_C, top_t_C = max_s.amax(dim=0), max_t.amax(dim=0)
-    scale_s, scale_t = (max_s - top_s_C).exp(), (max_t - top_t_C).exp()
-    total_s_C, total_t_C = (sum_s * scale_s).sum(dim=0), (sum_t * scale_t).sum(dim=0)
-    kl_C = (cross * scale_t).sum(dim=0) / total_t_C - (top_t_C + total_t_C.log()) + (top_s_C + total_s_C.log())
-    factor_s_C, factor_t_C = (scale_C * (mine[i] - top).exp() / total for i, top, total in ((0, top_s_C, total_s_C), (2, top_t_C, total_t_C)))
-    exp_s_Cv.mul_(factor_s_C[:, None]).addcmul_(exp_t_Cv, factor_t_C[:, None], value=-1.0)
-    return kl_C
+def linear_distillation(student_TH: Tensor, head: Head, signal: WholeSignal | TopSignal, mask_T: Tensor, world: engine.World,
+                        settings: Distill, labels_T: Tensor | None = None, scratch: Scratch | None = None) -> Losses:  # fmt: skip
+    """Sums over the masked tokens of `settings.loss` between teacher and student (arXiv 2407.14679, section 2.4) times temperature squared, plus
+    `settings.cross_entropy` times the cross-entropy of `labels_T`: int64 [T], numbers of the whole vocabulary, which only this needs.
 
-
-def linear_forward_kl(student_TH: Tensor, head_vH: Tensor, teacher_TG: Tensor, teacher_head_vG: Tensor, mask_T: Tensor, world: engine.World,
-                      temperature: float = 1.0, chunk_tokens: int = 512, scratch: Scratch | None = None) -> Tensor:  # fmt: skip
-    """Sum over the masked tokens of KL(teacher || student) times temperature squared: a scalar, the same on every tensor rank.
-
-    Gradients flow to `student_TH` (this rank's part: the caller sums it over tensor ranks) and to `head_vH`, once. A caller
-    with many microbatches keeps one `scratch`.
+    With `settings.top_k`, or a signal that has no more, the distributions are K tokens and one bucket for all others. Gradients flow to
+    `student_TH` (this rank's part: the caller sums it over tensor ranks) and to `head.weight_vH`, once. With `settings.gradients` "forward" they
+    are made in the forward pass, which saves a second product with each head; with "recompute" the backward pass goes over the chunks again, and
+    until then nothing but the arguments is held. A caller with many microbatches keeps one `scratch`.
     """
-    loss: Tensor = _LinearForwardKL.apply(
-        student_TH, head_vH, teacher_TG, teacher_head_vG, mask_T, temperature, chunk_tokens, world, scratch or Scratch()
-    )
-    return loss
+    work = Work(dataclasses.replace(head, weight_vH=head.weight_vH.detach()), signal, mask_T, labels_T, settings, world, scratch or Scratch())
+    return Losses(*_LinearDistillation.apply(student_TH, head.weight_vH, work))

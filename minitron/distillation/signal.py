@@ -1,7 +1,7 @@
 """What a teacher says about a microbatch's tokens, and where it comes from. The losses see a signal and don't ask.
 
 Legend: B microbatch, S sequence, T = B x S tokens (the sequence first, as activations lie), G the teacher's hidden size, v its live
-vocabulary rows of this rank.
+vocabulary rows of this rank, K a teacher's largest tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What turns hidden states into this rank's logits: `weight_vH` without vocabulary padding; `first` is the number of its first token."""
+    """What turns hidden states into this rank's logits: softcap x tanh(scale x hidden x weight / softcap), or without a softcap the product.
+
+    `weight_vH` has no vocabulary padding; `first` is the number of its first token.
+    """
 
     weight_vH: Tensor
     first: int = 0
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +38,19 @@ class WholeSignal:
     head: Head
 
 
+@dataclasses.dataclass(frozen=True)
+class TopSignal:
+    """The teacher's largest tokens, and what the others have together: at the distillation temperature, the same on every tensor rank."""
+
+    tokens_TK: Tensor  # int64, numbers of the whole vocabulary, each once
+    log_probs_TK: Tensor
+    tail_T: Tensor  # log-probability of all other tokens together
+
+
 class Teacher(Protocol):
     """Gives the signals of a step's microbatches: one for each on the last stage, none elsewhere. Every rank asks."""
 
-    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal] | list[TopSignal]:
         """`step` counts from 0 and numbers the global batch."""
 
 

@@ -12,7 +12,7 @@ import torch
 
 from minitron import engine
 from minitron.config.schema import Distill
-from minitron.distillation.fused import Scratch, linear_forward_kl
+from minitron.distillation.fused import Scratch, linear_distillation
 from minitron.distillation.signal import Head, Teacher
 
 Tensor = torch.Tensor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill, world: engine.World) -> ForStep:
     """The trainer's `loss`: asks the teacher about a step's microbatches, then gives the student's loss of each.
 
-    Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5).
+    Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5), unless `settings` say otherwise.
     """
 
     scratch = Scratch()
@@ -34,21 +34,12 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
 
         def loss(number: int, hidden_SBH: Tensor) -> engine.LossParts:
             hidden_TH = engine.whole_sequence(hidden_SBH, world).flatten(0, 1)
-            mask_T = counted(batches[number], world)
+            mask_T, labels_T = counted(batches[number], world), local_tokens(batches[number].labels_BS, world)
             signal, head = signals.pop(number), Head(*engine.live_head(student, world))  # freed as soon as it is used
-            total = linear_forward_kl(
-                hidden_TH,
-                head.weight_vH,
-                signal.hidden_TG,
-                signal.head.weight_vH,
-                mask_T,
-                world,
-                settings.temperature,
-                settings.chunk_tokens,
-                scratch,
-            )
+            losses = linear_distillation(hidden_TH, head, signal, mask_T, world, settings, labels_T, scratch)
             tokens = mask_T.sum(dtype=torch.int)
-            return total, tokens, {"loss": total.detach(), "kd_loss": total.detach(), "tokens": tokens}
+            logs = {"loss": losses.total.detach(), "kd_loss": losses.kd, "tokens": tokens}
+            return losses.total, tokens, logs | ({"ce_loss": losses.ce} if settings.cross_entropy > 0 else {})
 
         return loss
 
@@ -58,4 +49,9 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
 def counted(batch: engine.Batch, world: engine.World) -> Tensor:
     """Which tokens of this rank's last hidden states count, bool [T], in their order."""
     counted_BS = torch.ones_like(batch.inputs_BS, dtype=torch.bool) if batch.counted_BS is None else batch.counted_BS
-    return engine.local_part(counted_BS, world).t().flatten().to(world.device)
+    return local_tokens(counted_BS, world)
+
+
+def local_tokens(whole_BS: Tensor, world: engine.World) -> Tensor:
+    """What is said of each token, in the order of this rank's last hidden states, [T]."""
+    return engine.local_part(whole_BS, world).t().flatten().to(world.device)
