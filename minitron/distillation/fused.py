@@ -195,8 +195,9 @@ class _LinearDistillation(torch.autograd.Function):
             # in place: nothing else sees these buffers, and a loss is differentiated once
             student_TH, head_vH = (saved.mul_(grad_total) for saved in ctx.saved_tensors)
         else:
-            gradients = Gradients(*ctx.saved_tensors, grad_total)
-            work.values(ctx.saved_tensors[0], gradients)
+            student_TH, head_vH = ctx.saved_tensors
+            gradients = Gradients(student_TH, head_vH, grad_total)
+            work.values(student_TH, gradients)
             student_TH, head_vH = gradients.student_TH, gradients.head_vH
         return student_TH, head_vH.to(work.head.weight_vH.dtype), None
 

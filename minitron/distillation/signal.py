@@ -50,7 +50,7 @@ class TopSignal:
 class Teacher(Protocol):
     """Gives the signals of a step's microbatches: one for each on the last stage, none elsewhere. Every rank asks."""
 
-    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal] | list[TopSignal]:
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[WholeSignal | TopSignal]:
         """`step` counts from 0 and numbers the global batch."""
 
 
