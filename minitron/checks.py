@@ -14,9 +14,12 @@ from minitron.config.verbs import VERBS
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
+from minitron.data.tokenizing import differing_token, load_tokenizer
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.weights.source import locate, open_folder
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is there where a tokenizer is
 
 
 class Reading(NamedTuple):
@@ -128,6 +131,16 @@ def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:
     if teacher.vocab_size != student.vocab_size:
         raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
     check_teacher_layout(cfg, teacher, "the teacher's")
+
+
+def check_tokenizers(path: str, student: Path, teacher: Path) -> None:
+    """A teacher must give the same numbers to the same tokens; a folder without a tokenizer says nothing of that and passes."""
+    if not any((teacher / name).exists() for name in TOKENIZERS):
+        return
+    ours, theirs = load_tokenizer(str(student)), load_tokenizer(str(teacher), "teacher.path")
+    if (token := differing_token(ours, theirs)) is not None:
+        places = [tokenizer.get_vocab().get(token, "absent") for tokenizer in (theirs, ours)]
+        raise refuse("teacher.path", path, f"its tokenizer differs: token {token!r} is {places[0]} there and {places[1]} in the student's")
 
 
 def check_teacher_ranks(cfg: Config) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import minitron
 from minitron import engine
-from minitron.checks import check, check_model, check_teacher, check_texts, remarks
+from minitron.checks import check, check_model, check_teacher, check_texts, check_tokenizers, remarks
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
@@ -219,6 +219,7 @@ def check_models(opened: Session) -> None:
     if "teacher" in VERBS[opened.verb].groups:
         if cfg.teacher.path is not None:
             check_teacher(cfg, arch, opened.teacher_source.arch)
+            check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
         for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
             engine.pick_spec(cfg.spec, model, opened.world)
 

@@ -37,6 +37,12 @@ def load_tokenizer(path: str, setting: str = "model.path") -> Any:
     return tokenizer
 
 
+def differing_token(one: Any, other: Any) -> str | None:
+    """A token that two tokenizers number differently or that just one has; None where they agree."""
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    return min((token for token, _ in ours.items() ^ theirs.items()), default=None)
+
+
 def fingerprint(tokenizer: Any) -> str:
     """Hash of everything that decides the token ids, wherever the tokenizer came from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

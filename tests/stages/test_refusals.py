@@ -325,3 +325,20 @@ def test_a_teacher_with_another_vocabulary(refused, tmp_path):
     teacher = save_model(tmp_path / "teacher", vocab_size=300)
     line = refused(f"teacher.path={teacher}")
     assert line == f"teacher.path={teacher}: vocabulary of 300, the student's is 512"
+
+
+def test_a_teacher_with_another_tokenizer(refused, data_root, tmp_path):
+    """Two tokens change places: as many as the student's, and each model's text is nonsense to the other."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(data_root / "stories260k", teacher)
+    file = teacher / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    line = refused(f"teacher.path={teacher}")
+    token = min(one, other)
+    assert line == f"teacher.path={teacher}: its tokenizer differs: token {token!r} is {vocabulary[token]} there and " + (
+        f"{vocabulary[max(one, other)]} in the student's"
+    )
