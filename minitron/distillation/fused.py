@@ -17,12 +17,9 @@ import torch
 from minitron import engine
 from minitron.config.schema import Distill
 from minitron.distillation.rows import WHOLE, Buffers, Exchange, Gradient, Shard, bucketed, exponentials, largest
-from minitron.distillation.signal import Head, TopSignal, WholeSignal
+from minitron.distillation.signal import Head, Signal, TopSignal
 
 Tensor = torch.Tensor
-# On a CPU a product in bf16 rounds its logits to bf16. The gradient of forward KL, a difference of probabilities, doesn't suffer; that of the
-# others contains differences of logits, and the choice of the largest tokens depends on them.
-ROUNDED_WILL_DO = ("forward_kl",)
 
 
 class Losses(NamedTuple):
@@ -61,8 +58,9 @@ class Scratch:
             self.made["head"] = torch.empty(shape, dtype=dtype, device=device)
         return self.made["head"]
 
-    def logits(self, name: str, hidden_CH: Tensor, head: Head, exact: bool) -> Tensor:
-        """One chunk's logits, fp32 [C, v]. `exact`: with the digits of a product in fp32, also where the head has fewer."""
+    def logits(self, name: str, hidden_CH: Tensor, head: Head) -> Tensor:
+        """One chunk's logits, fp32 [C, v], with the digits of a product in fp32 also where the head has fewer: rounded to bf16 they would
+        be wrong by some 1 % of a probability, and the largest tokens would be others."""
         out_Cv, weight_Hv = self.rows(name, len(hidden_CH)), head.weight_vH.t()
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, weight_Hv, out=out_Cv)
@@ -70,9 +68,8 @@ class Scratch:
             torch.ops.aten.mm.dtype_out(hidden_CH, weight_Hv, torch.float32, out=out_Cv)
         else:
             product_Cv = torch.mm(hidden_CH, weight_Hv, out=self.rows("product", len(hidden_CH)))
-            out_Cv.copy_(product_Cv)
-            if exact:  # what rounding took away, by the same product: it is summed in fp32 and rounded at the end
-                out_Cv.add_(product_Cv.addmm_(hidden_CH, weight_Hv, beta=-1.0))
+            # then what rounding took away, by the same product: it is summed in fp32 and rounded at the end
+            out_Cv.copy_(product_Cv).add_(product_Cv.addmm_(hidden_CH, weight_Hv, beta=-1.0))
         if head.scale != 1.0:
             out_Cv.mul_(head.scale)
         return out_Cv if head.softcap is None else out_Cv.div_(head.softcap).tanh_().mul_(head.softcap)
@@ -83,7 +80,7 @@ class Work:
     """What the loss of one microbatch is made of besides what gradients flow to."""
 
     head: Head
-    signal: WholeSignal | TopSignal
+    signal: Signal
     mask_T: Tensor
     labels_T: Tensor | None
     settings: Distill
@@ -111,9 +108,7 @@ class Work:
     def _chunk(self, student_CH: Tensor, here: slice) -> tuple[Tensor, Tensor, Gradient]:
         """(divergence per token, cross-entropy per token, what makes the gradient to the unscaled logits from a factor per token)."""
         settings, head, temperature = self.settings, self.head, self.settings.temperature
-        top = settings.top_k is not None or isinstance(self.signal, TopSignal)
-        exact = top or settings.loss not in ROUNDED_WILL_DO
-        student_Cv = self.scratch.logits("student", student_CH, head, exact)
+        student_Cv = self.scratch.logits("student", student_CH, head)
         spare_Cv = self.scratch.rows("spare", len(student_CH))
         kept_Cv = (
             self.scratch.rows("kept", len(student_CH)).copy_(student_Cv) if settings.cross_entropy > 0 or head.softcap is not None else student_Cv
@@ -124,7 +119,7 @@ class Work:
             label = Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1])
             riders = [exponentials(kept_Cv, spare_Cv)[1], label.read(kept_Cv)[:, 0]]
         exchange = Exchange(self.world, riders)
-        kd_C, kd_gradient = self._divergence(student_Cv, spare_Cv, here, exact, exchange)
+        kd_C, kd_gradient = self._divergence(student_Cv, spare_Cv, here, exchange)
         ce_C = torch.zeros_like(kd_C)
         if settings.cross_entropy > 0:
             lse_C = torch.logsumexp(exchange.ridden_rEC[:, 0], dim=0)
@@ -142,14 +137,14 @@ class Work:
 
         return kd_C, ce_C, gradient
 
-    def _divergence(self, student_Cv: Tensor, spare_Cv: Tensor, here: slice, exact: bool, exchange: Exchange) -> tuple[Tensor, Gradient]:
+    def _divergence(self, student_Cv: Tensor, spare_Cv: Tensor, here: slice, exchange: Exchange) -> tuple[Tensor, Gradient]:
         settings, first = self.settings, self.head.first
         if settings.temperature != 1.0:
             student_Cv.div_(settings.temperature)
         if isinstance(self.signal, TopSignal):
             log_probs_CB = torch.cat([self.signal.log_probs_TK[here], self.signal.tail_T[here, None]], dim=1)
             return bucketed(settings.loss, student_Cv, settings.beta, first, self.signal.tokens_TK[here], log_probs_CB, exchange)
-        teacher_Cv = self.scratch.logits("teacher", self.signal.hidden_TG[here], self.signal.head, exact)
+        teacher_Cv = self.scratch.logits("teacher", self.signal.hidden_TG[here], self.signal.head)
         if settings.temperature != 1.0:
             teacher_Cv.div_(settings.temperature)
         if settings.top_k is None:
@@ -202,7 +197,7 @@ class _LinearDistillation(torch.autograd.Function):
         return student_TH, head_vH.to(work.head.weight_vH.dtype), None
 
 
-def linear_distillation(student_TH: Tensor, head: Head, signal: WholeSignal | TopSignal, mask_T: Tensor, world: engine.World,
+def linear_distillation(student_TH: Tensor, head: Head, signal: Signal, mask_T: Tensor, world: engine.World,
                         settings: Distill, labels_T: Tensor | None = None, scratch: Scratch | None = None) -> Losses:  # fmt: skip
     """Sums over the masked tokens of `settings.loss` between teacher and student (arXiv 2407.14679, section 2.4) times temperature squared, plus
     `settings.cross_entropy` times the cross-entropy of `labels_T`: int64 [T], numbers of the whole vocabulary, which only this needs.

@@ -47,10 +47,13 @@ class TopSignal:
     tail_T: Tensor  # log-probability of all other tokens together
 
 
+Signal = WholeSignal | TopSignal
+
+
 class Teacher(Protocol):
     """Gives the signals of a step's microbatches: one for each on the last stage, none elsewhere. Every rank asks."""
 
-    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[WholeSignal | TopSignal]:
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[Signal]:
         """`step` counts from 0 and numbers the global batch."""
 
 
