@@ -1,12 +1,15 @@
-"""Seconds of one distillation step, by part, beside the same step written with plain transformers.
+"""Seconds of one distillation step, by part, beside its two halves alone and beside the same step written with plain transformers.
 
-Both sides run the same two models (the demo's teacher, and that teacher cut to the demo's target) on the same tokens in
-one process, in turns. The plain side is what one would write by hand: two transformers models, `log_softmax` of both whole
-[tokens, vocabulary] logits, torch's fused AdamW with the same settings and, for bf16, fp32 master weights, as Megatron's
-optimizer has them. What differs: Megatron's schedule, gradient buffers (fp32) and distributed optimizer, and the fused
-loss, which makes both models' logits in chunks inside the student's part, so compare the totals.
+The halves, by this project's own means: the teacher scores the tokens (its forward pass with its head, in chunks), and
+the student is trained on them by next-token cross-entropy. All sides run the same two models (the demo's teacher, and
+that teacher cut to the demo's target) on the same tokens in one process, in turns. The plain side is what one would
+write by hand: two transformers models, `log_softmax` of both whole [tokens, vocabulary] logits, torch's fused AdamW
+with the same settings and, for bf16, fp32 master weights, as Megatron's optimizer has them. What differs: Megatron's
+schedule, gradient buffers (fp32) and distributed optimizer, and the fused loss, which makes both models' logits in
+chunks inside the student's part, so compare the totals.
 """
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -21,14 +24,16 @@ from minitron import engine
 from minitron.config.compose import compose
 from minitron.config.schema import Config
 from minitron.distillation.losses import forward_kl
-from minitron.distillation.signal import LiveTeacher
+from minitron.distillation.signal import LiveTeacher, NoTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.importance.scores import random_scores
 from minitron.pruning.keep import select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
 from minitron.session import Session, session
+from minitron.weights.load import load
 from minitron.weights.save import export
+from minitron.weights.source import open_folder
 
 Step = Callable[[torch.Tensor], tuple[float, dict[str, float]]]  # tokens [B, S + 1] -> loss per token, seconds of each part
 PARTS = ("teacher", "student", "optimizer")
@@ -55,6 +60,21 @@ def minitron_step(opened: Session, student_folder: Path) -> Step:
     trainer = engine.Trainer(student, cfg.train, world)
     loss = distillation_loss(student, LiveTeacher(opened.teacher, world), cfg.distill, world)
     watch, seconds = Watch(), dict[str, float]()
+    laps(trainer, watch, seconds)
+
+    def step(tokens_BS: torch.Tensor) -> tuple[float, dict[str, float]]:
+        batches = [engine.Batch(part) for part in tokens_BS.split(cfg.train.micro_batch_size)]
+        watch.lap()
+        student_loss = loss(0, batches)
+        seconds["teacher"] = watch.lap()
+        line = trainer.update(batches, student_loss)
+        return line["loss"], dict(seconds)
+
+    return step
+
+
+def laps(trainer: engine.Trainer, watch: Watch, seconds: dict[str, float]) -> None:
+    """Have the trainer's updates note the seconds of the student's passes and of the optimizer."""
     prepare, finish = trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads
 
     def prepare_grads() -> Any:
@@ -68,12 +88,23 @@ def minitron_step(opened: Session, student_folder: Path) -> Step:
 
     trainer.optimizer.prepare_grads, trainer.optimizer.step_with_ready_grads = prepare_grads, step_with_ready_grads
 
+
+def halves(opened: Session, student_folder: Path) -> Step:
+    """A teacher that just scores, and a student that just learns the next token."""
+    cfg, world = opened.cfg, opened.world
+    student = load(open_folder(student_folder, "model.path"), world, opened.dtype)
+    trainer = engine.Trainer(student, cfg.train, world)
+    loss = distillation_loss(student, NoTeacher(), dataclasses.replace(cfg.distill, cross_entropy=1.0), world)
+    watch, seconds = Watch(), dict[str, float]()
+    laps(trainer, watch, seconds)
+
     def step(tokens_BS: torch.Tensor) -> tuple[float, dict[str, float]]:
-        batches = [engine.Batch(part) for part in tokens_BS.split(cfg.train.micro_batch_size)]
+        parts = tokens_BS.split(cfg.train.micro_batch_size)
         watch.lap()
-        student_loss = loss(0, batches)
+        engine.language_model_score(opened.teacher, [(part, torch.ones(len(part), dtype=torch.bool)) for part in parts], world)
         seconds["teacher"] = watch.lap()
-        line = trainer.update(batches, student_loss)
+        batches = [engine.Batch(part) for part in parts]
+        line = trainer.update(batches, loss(0, batches))
         return line["loss"], dict(seconds)
 
     return step
@@ -127,7 +158,11 @@ def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, .
         cfg = compose("compress", ["recipe=smollm2_135m_to_100m", f'run.dir="{scratch}/run"', *overrides, f"dtype={dtype}"])
         with session(cfg, "compress") as opened:
             ours = minitron_step(opened, Path(scratch, "student"))
-            sides = {"minitron": ours, "transformers": plain_step(opened.source.folder, Path(scratch, "student"), cfg)}
+            sides = {
+                "minitron": ours,
+                "halves alone": halves(opened, Path(scratch, "student")),
+                "transformers": plain_step(opened.source.folder, Path(scratch, "student"), cfg),
+            }
             shape = (cfg.train.global_batch_size, cfg.train.seq_length + 1)
             generator = torch.Generator().manual_seed(cfg.seed)
             seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -145,9 +180,10 @@ def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, .
     for name, steps in seconds.items():
         medians = [statistics.median(one[part] for one in steps) for part in names]
         rows.append((f"{name}, {dtype}", first[name], *medians, tokens / medians[-1]))
-    pairs = list(zip(seconds["transformers"], seconds["minitron"], strict=True))
-    ratios = [statistics.median(theirs[part] / mine[part] for theirs, mine in pairs) for part in names]
-    return [*rows, (f"ratio, {dtype}", None, *ratios, None)]
+    for title, one, other in (("transformers / minitron", "transformers", "minitron"), ("minitron / halves alone", "minitron", "halves alone")):
+        pairs = list(zip(seconds[one], seconds[other], strict=True))
+        rows.append((f"{title}, {dtype}", None, *(statistics.median(a[part] / b[part] for a, b in pairs) for part in names), None))
+    return rows
 
 
 def main() -> None:
@@ -161,7 +197,7 @@ def main() -> None:
     notes = [
         f"seconds, medians of {options.repeats} steps after one that is not counted; teacher: its forward pass; student: forward, loss, backward",
         "transformers' teacher part includes its logits, minitron makes them inside the student's part: compare the totals",
-        "ratio: transformers / minitron of the same turn, the median; above 1 where minitron is faster",
+        "ratios: of the same turn, the median",
         "first loss: both sides before any update, on the same tokens",
     ]
     publish("One distillation step", columns, rows, notes, options.json)

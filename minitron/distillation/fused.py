@@ -80,7 +80,7 @@ class Work:
     """What the loss of one microbatch is made of besides what gradients flow to."""
 
     head: Head
-    signal: Signal
+    signal: Signal | None
     mask_T: Tensor
     labels_T: Tensor | None
     settings: Distill
@@ -141,6 +141,9 @@ class Work:
         settings, first = self.settings, self.head.first
         if settings.temperature != 1.0:
             student_Cv.div_(settings.temperature)
+        if self.signal is None:
+            exchange.last()  # for what rides with it
+            return student_Cv.new_zeros(len(student_Cv), dtype=torch.float64), lambda scale_C: student_Cv.zero_()
         if isinstance(self.signal, TopSignal):
             log_probs_CB = torch.cat([self.signal.log_probs_TK[here], self.signal.tail_T[here, None]], dim=1)
             return bucketed(settings.loss, student_Cv, settings.beta, first, self.signal.tokens_TK[here], log_probs_CB, exchange)
@@ -197,15 +200,16 @@ class _LinearDistillation(torch.autograd.Function):
         return student_TH, head_vH.to(work.head.weight_vH.dtype), None
 
 
-def linear_distillation(student_TH: Tensor, head: Head, signal: Signal, mask_T: Tensor, world: engine.World,
+def linear_distillation(student_TH: Tensor, head: Head, signal: Signal | None, mask_T: Tensor, world: engine.World,
                         settings: Distill, labels_T: Tensor | None = None, scratch: Scratch | None = None) -> Losses:  # fmt: skip
     """Sums over the masked tokens of `settings.loss` between teacher and student (arXiv 2407.14679, section 2.4) times temperature squared, plus
     `settings.cross_entropy` times the cross-entropy of `labels_T`: int64 [T], numbers of the whole vocabulary, which only this needs.
 
-    With `settings.top_k`, or a signal that has no more, the distributions are K tokens and one bucket for all others. Gradients flow to
-    `student_TH` (this rank's part: the caller sums it over tensor ranks) and to `head.weight_vH`, once. With `settings.gradients` "forward" they
-    are made in the forward pass, which saves a second product with each head; with "recompute" the backward pass goes over the chunks again, and
-    until then nothing but the arguments is held. A caller with many microbatches keeps one `scratch`.
+    Without a signal there is the cross-entropy alone. With `settings.top_k`, or a signal that has no more, the distributions are K tokens and one
+    bucket for all others. Gradients flow to `student_TH` (this rank's part: the caller sums it over tensor ranks) and to `head.weight_vH`, once.
+    With `settings.gradients` "forward" they are made in the forward pass, which saves a second product with each head; with "recompute" the
+    backward pass goes over the chunks again, and until then nothing but the arguments is held. A caller with many microbatches keeps one
+    `scratch`.
     """
     work = Work(dataclasses.replace(head, weight_vH=head.weight_vH.detach()), signal, mask_T, labels_T, settings, world, scratch or Scratch())
     return Losses(*_LinearDistillation.apply(student_TH, head.weight_vH, work))

@@ -53,8 +53,16 @@ Signal = WholeSignal | TopSignal
 class Teacher(Protocol):
     """Gives the signals of a step's microbatches: one for each on the last stage, none elsewhere. Every rank asks."""
 
-    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[Signal]:
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[Signal | None]:
         """`step` counts from 0 and numbers the global batch."""
+
+
+class NoTeacher:
+    """For a student that learns from the tokens alone, by cross-entropy."""
+
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[None]:
+        """None of each."""
+        return [None] * len(batches)
 
 
 class LiveTeacher:

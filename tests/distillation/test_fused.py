@@ -14,6 +14,7 @@ from minitron.distillation.signal import Head, TopSignal, WholeSignal
 from minitron.engine.schedule import whole_sequence
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.distillation import buckets, logits, reference
+from tests.oracles.memory import LiveBytes
 
 SEQUENCE, BATCH, HIDDEN, TEACHER_HIDDEN, VOCAB = 12, 3, 24, 32, 61
 TOKENS = SEQUENCE * BATCH
