@@ -53,6 +53,8 @@ def check(cfg: Config, verb: str) -> None:
         raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
+    if "distill" in groups and cfg.data.separate_documents and cfg.spec == "transformer_engine":
+        raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
@@ -63,7 +65,7 @@ def check(cfg: Config, verb: str) -> None:
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
             if (spec := getattr(cfg.data, name)) not in (None, MISSING):
-                check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split)
+                check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split, cfg.data.prompt_key)
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)

@@ -28,6 +28,8 @@ ARTIFACTS = {
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "train.save_interval",
               "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload")  # fmt: skip
+# settings of the data that training alone reads: they bind nothing that was made before it
+TRAINING_ALONE = ("data.packing", "data.separate_documents")
 # those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
 ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.clip_grad")
 
@@ -36,7 +38,8 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
-    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in FREE_NAMES}
+    left_out = FREE_NAMES if "distill" in VERBS[verb].groups else (*FREE_NAMES, *TRAINING_ALONE)
+    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

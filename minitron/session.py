@@ -13,6 +13,7 @@ from typing import Any
 
 import minitron
 from minitron import engine
+from minitron.arch.arch import Arch
 from minitron.checks import check, check_model, check_teacher, check_texts, check_tokenizers, remarks
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
@@ -121,7 +122,7 @@ class Session:
     def teacher(self) -> engine.Model:
         """The teacher, this rank's shard in `teacher_world`, without gradients; kept for the rest of the command."""
         world, source = self.teacher_world, self.teacher_source
-        model = load(source, world, self.dtype, engine.pick_spec(self.cfg.spec, source.arch, world))
+        model = load(source, world, self.dtype, self.spec(source.arch))
         model.requires_grad_(False)
         if self.cfg.teacher.offload and world.device.type == "cuda":
             model.offload(world.device)
@@ -141,7 +142,11 @@ class Session:
         return self._load(self.checkpoints.path(step))
 
     def _load(self, folder: Path) -> engine.Model:
-        return engine.load_model(folder, self.world, self.dtype, engine.pick_spec(self.cfg.spec, self.source.arch, self.world))
+        return engine.load_model(folder, self.world, self.dtype, self.spec(self.source.arch))
+
+    def spec(self, arch: Arch) -> str:
+        """The spec that a model is trained and evaluated with. Raises RequestError where what is asked for can't be had."""
+        return engine.pick_spec(self.cfg.spec, arch, self.world, self.cfg.data.separate_documents)
 
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""
@@ -159,7 +164,8 @@ class Session:
         manifest = Manifest.load(self.folder / "data")
         for split, parts in sorted(manifest.splits.items()):
             if not split.startswith("text_") or verb == "evaluate":
-                found[split] = "-".join(manifest.parts[name].sha256["bin"][:16] for name, _ in parts)
+                hashes = [manifest.parts[name].sha256 for name, _ in parts]
+                found[split] = "-".join(one[ending][:16] for one in hashes for ending in ("bin", "prompts") if ending in one)
         return found
 
     def mark(self, verb: str, done: bool) -> None:
@@ -221,7 +227,7 @@ def check_models(opened: Session) -> None:
             check_teacher(cfg, arch, opened.teacher_source.arch)
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
         for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
-            engine.pick_spec(cfg.spec, model, opened.world)
+            opened.spec(model)
 
 
 @contextlib.contextmanager

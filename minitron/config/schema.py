@@ -113,6 +113,19 @@ class Data:
     valid_fraction: float = setting(0.05, "share of the documents of data.train held out when data.valid is null", above=0, most=0.5)
     workers: int = setting(1, "processes that tokenise", least=1)
     split: str = setting("train", "split to read of a hub data set")
+    prompt_key: str | None = setting(
+        None,
+        "field that holds a prompt, put before the text of data.text_key: its tokens are read, but not counted in the training loss (null: none)",
+    )
+    packing: str = setting(
+        "stream",
+        "training sequences: stream, windows over documents joined one after another; documents, whole documents packed into windows, with padding "
+        "at the end; those longer than a window are cut into pieces",
+        allowed=("stream", "documents"),
+    )
+    separate_documents: bool = setting(
+        False, "in training, a token sees its own document alone, and the prediction of a document's first token from another's end does not count"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

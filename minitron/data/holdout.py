@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
-import numpy as np
+Tokens = TypeVar("Tokens", bound=Any)  # whatever has a length and can be sliced
 
 
 def draw(seed: int, number: int) -> float:
@@ -13,14 +14,14 @@ def draw(seed: int, number: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def hold_out(documents: Iterable[np.ndarray], fraction: float, seed: int) -> Iterator[tuple[bool, np.ndarray]]:
+def hold_out(documents: Iterable[Tokens], fraction: float, seed: int) -> Iterator[tuple[bool, Tokens]]:
     """Mark each document as held out (True) or kept, `fraction` of them held out on average; both sides always get something.
 
     Where the draws of a small corpus all fall on one side, the one nearest to the other side changes over. A single document is cut: its last
     `fraction` of tokens is held out. Documents are looked at in advance only until both sides have one (about 1/fraction of them).
     """
     stream = iter(documents)
-    head: list[np.ndarray] = []
+    head: list[Tokens] = []
     sides = set()
     for document in stream:
         sides.add(draw(seed, len(head)) < fraction)
@@ -34,7 +35,7 @@ def hold_out(documents: Iterable[np.ndarray], fraction: float, seed: int) -> Ite
         yield draw(seed, number) < fraction, document
 
 
-def _small(documents: list[np.ndarray], fraction: float, seed: int) -> Iterator[tuple[bool, np.ndarray]]:
+def _small(documents: list[Tokens], fraction: float, seed: int) -> Iterator[tuple[bool, Tokens]]:
     if len(documents) == 1:
         tokens = documents[0]
         cut = min(max(round(len(tokens) * (1 - fraction)), 1), len(tokens) - 1)

@@ -14,10 +14,22 @@ with warnings.catch_warnings():  # megatron's import warns of GPU libraries that
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
-__all__ = ["DType", "GPTDataset", "GPTDatasetConfig", "IndexedDataset", "IndexedDatasetBuilder", "Split", "helpers", "open_indexed", "read_tokens"]
+__all__ = [
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "Split",
+    "helpers",
+    "open_indexed",
+    "open_prompts",
+    "read_tokens",
+]
 
 # the header of an .idx file, as Megatron defines it; the lengths (int32), byte offsets (int64) and document boundaries (int64) follow
 _HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("boundaries", "<u8")])
+PROMPT_TYPE = np.dtype("<i4")
 _TOKEN_TYPES = {code.value: np.dtype(code.name) for code in DType if np.dtype(code.name).kind in "iu"}
 
 
@@ -42,6 +54,25 @@ def open_indexed(prefix: Path, setting: str) -> IndexedDataset:
     if not expected:
         raise refuse(setting, prefix, "holds no tokens")
     return IndexedDataset(str(prefix))
+
+
+def open_prompts(prefix: Path, indexed: IndexedDataset, setting: str) -> np.ndarray:
+    """`prefix`.prompts, memory-mapped: how many tokens at the start of each document are its prompt, int32 [documents].
+
+    Raises RequestError, naming `setting`, where it is absent or not of these documents.
+    """
+    file = Path(f"{prefix}.prompts")
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise refuse(setting, prefix, f"data.prompt_key needs {file.name} beside its tokens, which can't be read ({error.strerror})") from error
+    lengths = indexed.sequence_lengths
+    if size != 4 * len(lengths) or len(indexed.document_indices) != len(lengths) + 1:
+        raise refuse(setting, prefix, f"{file.name} does not hold one int32 for each document of {prefix.name}.idx")
+    prompts: np.ndarray = np.memmap(file, PROMPT_TYPE, "r")
+    if (prompts < 0).any() or (prompts > lengths).any():
+        raise refuse(setting, prefix, f"{file.name} has prompts that are longer than their documents")
+    return prompts
 
 
 def num_tokens(indexed: IndexedDataset) -> int:

@@ -13,14 +13,15 @@ Blend = list[tuple[Path, float]]  # prefixes of .bin/.idx files, each with its w
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One pair of .bin/.idx files. `prefix` is relative to the data folder, or the absolute one of prepared data that is used where it lies."""
+    """One pair of .bin/.idx files, with a .prompts file where data.prompt_key is set. `prefix` is relative to the data folder, or the absolute one
+    of prepared data that is used where it lies."""
 
     prefix: str
     source: str
     documents: int
     tokens: int
     largest_id: int
-    bytes: dict[str, int]  # of each of the two files, by ending
+    bytes: dict[str, int]  # of each of the files, by ending
     sha256: dict[str, str]
     made_from: dict[str, Any]  # everything that decides the files' content; others make it out of date
 

@@ -12,6 +12,8 @@ Documents: a .txt file is one document, whole and unchanged. A .jsonl line, a .p
 records, or an object whose values are records) are a document each. Empty documents are left out.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import io
@@ -22,7 +24,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +37,16 @@ COMPRESSIONS = (".gz", ".zst", ".bz2")
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 CHECKED_FILES = 64  # of a folder: more would make the check before a run slow; the rest is checked as it is read
 CHECKED_BYTES = 64 << 20  # a compressed file up to this size is unpacked once to see that it is whole
+
+
+Row = tuple[str, str]  # a document's prompt, which may be empty, and its text
+
+
+class Keys(NamedTuple):
+    """The fields of a record that are read."""
+
+    text: str
+    prompt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,24 +110,27 @@ def locate(given: str, setting: str) -> Source:
     return Source(setting, given, name, "hub", (), field)
 
 
-def check_source(spec: str, setting: str, text_key: str = "text", split: str = "train") -> None:
+def check_source(spec: str, setting: str, text_key: str = "text", split: str = "train", prompt_key: str | None = None) -> None:
     """See that a source, or each source of a blend, exists and that its first document can be read; cheap, for use before any model is loaded.
 
-    Raises RequestError: nothing there, unreadable, unknown ending, empty, binary or not UTF-8, truncated, or no field `text_key`.
+    Raises RequestError: nothing there, unreadable, unknown ending, empty, binary or not UTF-8, truncated, or no field `text_key` or `prompt_key`.
     """
     for _, given in blend(spec, setting):
-        check_located(locate(given, setting), text_key, split)
+        check_located(locate(given, setting), text_key, split, prompt_key)
 
 
-def check_located(source: Source, text_key: str = "text", split: str = "train") -> None:
+def check_located(source: Source, text_key: str = "text", split: str = "train", prompt_key: str | None = None) -> None:
     """`check_source` of one source that was found."""
+    keys = Keys(source.field or text_key, prompt_key)
     if source.kind == "prepared":
-        from minitron.data.indexed import open_indexed  # megatron takes seconds to import
+        from minitron.data.indexed import open_indexed, open_prompts  # megatron takes seconds to import
 
-        open_indexed(source.prefix, source.setting)
+        indexed = open_indexed(source.prefix, source.setting)
+        if prompt_key is not None:
+            open_prompts(source.prefix, indexed, source.setting)
     elif source.kind == "files":
-        _check_files(source, text_key)
-    elif next(_hub(source, text_key, split), None) is None:
+        _check_files(source, keys)
+    elif next(_hub(source, keys, split), None) is None:
         raise source.refusal(source.given, f"split {split} holds no text")
 
 
@@ -124,14 +139,23 @@ def documents(source: Source, text_key: str = "text", split: str = "train") -> I
 
     Raises RequestError, while it runs, for what can't be read.
     """
-    texts = _hub(source, text_key, split) if source.kind == "hub" else (text for file in source.files for text in _file(source, file, text_key))
-    return (text for text in texts if text)
+    return (text for _, text in _rows(source, Keys(source.field or text_key), split))
 
 
-def _check_files(source: Source, text_key: str) -> None:
+def prompted_documents(source: Source, prompt_key: str, text_key: str = "text", split: str = "train") -> Iterator[Row]:
+    """As `documents`, each as (prompt, text); a prompt may be empty, and a prompt without a text is left out."""
+    return _rows(source, Keys(source.field or text_key, prompt_key), split)
+
+
+def _rows(source: Source, keys: Keys, split: str) -> Iterator[Row]:
+    rows = _hub(source, keys, split) if source.kind == "hub" else (row for file in source.files for row in _file(source, file, keys))
+    return ((prompt, text) for prompt, text in rows if text)
+
+
+def _check_files(source: Source, keys: Keys) -> None:
     found = False
     for file in source.files[:CHECKED_FILES]:
-        found |= next((True for text in _file(source, file, text_key) if text), False)
+        found |= next((True for _, text in _file(source, file, keys) if text), False)
         if file.suffix.lower() in COMPRESSIONS and file.stat().st_size <= CHECKED_BYTES:
             with _readable(source, file), pa.input_stream(str(file), compression="detect") as stream:
                 while stream.read(1 << 20):
@@ -140,25 +164,27 @@ def _check_files(source: Source, text_key: str) -> None:
         raise refuse(source.setting, source.given, "holds no text")
 
 
-# ---- readers: (source, file, text key) -> documents ----
+# ---- readers: (source, file, fields) -> (prompt, text) of every record ----
 
 
-def _file(source: Source, file: Path, text_key: str) -> Iterator[str]:
+def _file(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
     reader = _reader(file)
     assert reader is not None, f"locate() let {file} through"
     with _readable(source, file):
-        yield from reader(source, file, text_key)
+        yield from reader(source, file, keys)
 
 
-def _plain(source: Source, file: Path, text_key: str) -> Iterator[str]:
+def _plain(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
+    if keys.prompt is not None:
+        raise refuse("data.prompt_key", keys.prompt, f"{file} has no fields: records (.jsonl, .json, .parquet) are needed")
     with _opened(file) as handle:
         text = handle.read()
     if "\0" in text:
         raise source.refusal(file, "not text: it holds NUL bytes")
-    yield text
+    yield "", text
 
 
-def _json_lines(source: Source, file: Path, text_key: str) -> Iterator[str]:
+def _json_lines(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
     with _opened(file) as handle:
         for number, line in enumerate(handle, 1):
             if line.strip():
@@ -166,10 +192,10 @@ def _json_lines(source: Source, file: Path, text_key: str) -> Iterator[str]:
                     record = json.loads(line)
                 except ValueError as error:
                     raise source.refusal(file, f"line {number} is not JSON ({error})") from error
-                yield _text(source, record, text_key, f"line {number} of {file}")
+                yield _row(source, record, keys, f"line {number} of {file}")
 
 
-def _json(source: Source, file: Path, text_key: str) -> Iterator[str]:
+def _json(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
     with _opened(file) as handle:
         try:
             content = json.load(handle)
@@ -181,22 +207,25 @@ def _json(source: Source, file: Path, text_key: str) -> Iterator[str]:
     if not isinstance(content, list | dict):
         raise source.refusal(file, "a list of records, or an object whose values are records, is needed")
     for name, record in content.items() if isinstance(content, dict) else enumerate(content):
-        yield _text(source, record, text_key, f"record {name} of {file}")
+        yield _row(source, record, keys, f"record {name} of {file}")
 
 
-def _parquet(source: Source, file: Path, text_key: str) -> Iterator[str]:
+def _parquet(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
     with pq.ParquetFile(file) as table:
-        key = source.field or text_key
         # the first row is judged by names and types alone, so that no other column is read
-        _text(source, dict.fromkeys(table.schema_arrow.names), text_key, str(file))
-        kind = table.schema_arrow.field(key).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise source.refusal(file, f"the field {key} holds {kind}, not text")
-        for rows in table.iter_batches(batch_size=1024, columns=[key]):
-            yield from (text or "" for text in rows.column(0).to_pylist())
+        _row(source, dict.fromkeys(table.schema_arrow.names), keys, str(file))
+        columns = [key for key in keys if key is not None]
+        for key in columns:
+            kind = table.schema_arrow.field(key).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise source.refusal(file, f"the field {key} holds {kind}, not text")
+        for rows in table.iter_batches(batch_size=1024, columns=columns):
+            texts = rows.column(keys.text).to_pylist()
+            prompts = rows.column(keys.prompt).to_pylist() if keys.prompt is not None else [""] * len(texts)
+            yield from ((prompt or "", text or "") for prompt, text in zip(prompts, texts, strict=True))
 
 
-def _hub(source: Source, text_key: str, split: str) -> Iterator[str]:
+def _hub(source: Source, keys: Keys, split: str) -> Iterator[Row]:
     import datasets
 
     name = HUB_ID.fullmatch(source.name)
@@ -204,7 +233,7 @@ def _hub(source: Source, text_key: str, split: str) -> Iterator[str]:
     try:
         with _quiet_hub():
             for number, record in enumerate(datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)):
-                yield _text(source, record, text_key, f"record {number} of {source.given}")
+                yield _row(source, record, keys, f"record {number} of {source.given}")
     except RequestError:
         raise
     except Exception as error:  # the hub's clients raise errors of half a dozen libraries: not found, offline, wrong split, wrong config, ...
@@ -224,13 +253,13 @@ def _quiet_hub() -> Iterator[None]:
         log.setLevel(level)
 
 
-READERS: dict[str, Callable[[Source, Path, str], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+READERS: dict[str, Callable[[Source, Path, Keys], Iterator[Row]]] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
 
 
 # ---- helpers ----
 
 
-def _reader(file: Path) -> Callable[[Source, Path, str], Iterator[str]] | None:
+def _reader(file: Path) -> Callable[[Source, Path, Keys], Iterator[Row]] | None:
     name = file.name.lower()
     packed = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     reader = READERS.get(Path(name.removesuffix(packed)).suffix)
@@ -252,13 +281,18 @@ def _weight(word: str) -> float | None:
         return None
 
 
-def _text(source: Source, record: Any, text_key: str, where: str) -> str:
-    """The text of one record; a null is an empty document."""
-    key = source.field or text_key
+def _row(source: Source, record: Any, keys: Keys, where: str) -> Row:
+    """Prompt and text of one record; a null is an empty one."""
     if not isinstance(record, dict):
-        raise source.refusal(where, f"a record with the field {key} is needed, not {type(record).__name__}")
+        raise source.refusal(where, f"a record with the field {keys.text} is needed, not {type(record).__name__}")
+    text = _field(source, record, keys.text, (source.setting, source.given) if source.field else ("data.text_key", keys.text), where)
+    return "" if keys.prompt is None else _field(source, record, keys.prompt, ("data.prompt_key", keys.prompt), where), text
+
+
+def _field(source: Source, record: dict[str, Any], key: str, named: tuple[str, str], where: str) -> str:
+    """The text in a field of a record; `named`: the setting that names the field, and its value."""
     if key not in record:
-        setting, value = (source.setting, source.given) if source.field else ("data.text_key", text_key)
+        setting, value = named
         raise refuse(setting, value, f"{where} has no such field; it has {', '.join(map(str, record)) or 'none'}")
     if not isinstance(record[key], str | None):
         raise source.refusal(where, f"the field {key} holds {type(record[key]).__name__}, not text")

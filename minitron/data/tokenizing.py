@@ -1,25 +1,28 @@
 """Documents -> token ids, in one process or several. Imports no torch and no megatron, so that worker processes start fast.
 
 A document becomes the tokens of its text and the end-of-document token, nothing else: no token is put in front, and text that spells a special token
-(`</s>` in a web page) is tokenised as the text it is. What comes out does not depend on the number of workers.
+(`</s>` in a web page) is tokenised as the text it is. A prompt's tokens come before them, tokenised by themselves as when the model is used, so
+that no token lies across its end. What comes out does not depend on the number of workers.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minitron.errors import refuse
 
+Text = TypeVar("Text", str, tuple[str, str])
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # one task of a worker: whichever is reached first
 
 
@@ -57,23 +60,54 @@ def num_ids(tokenizer: Any) -> int:
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     """Token ids (int32) of each text that has any, each with the end-of-document token after them."""
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.array([*row, tokenizer.eos_token_id], dtype=np.int32) for row in ids if row]
+    return [np.array([*row, tokenizer.eos_token_id], dtype=np.int32) for row in _ids(tokenizer, texts) if row]
 
 
-def tokenized(tokenizer: Any, texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
-    """`tokenize` over a stream of texts, in order, holding a few chunks per worker at a time. One worker stays in this process.
+def tokenize_prompted(tokenizer: Any, rows: list[tuple[str, str]]) -> list["Document"]:
+    """As `tokenize`, of (prompt, text) pairs."""
+    prompts, texts = (_ids(tokenizer, [row[side] for row in rows]) for side in (0, 1))
+    return [
+        Document(np.array([*prompt, *text, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
+        for prompt, text in zip(prompts, texts, strict=True)
+        if text
+    ]
 
-    Workers are fresh interpreters (spawned), so a script that calls this needs `if __name__ == "__main__"`.
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]  # fmt: skip
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document's token ids, the first `prompt` of them its prompt's. A slice of it is a document too."""
+
+    tokens: np.ndarray
+    prompt: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "Document":
+        start, stop, _ = part.indices(len(self))
+        return Document(self.tokens[start:stop], min(max(self.prompt - start, 0), stop - start))
+
+
+def tokenized(tokenizer: Any, texts: Iterable[Text], workers: int, work: Callable[[Any, list[Any]], list[Any]] = tokenize) -> Iterator[Any]:
+    """`tokenize`, or `tokenize_prompted` as `work`, over a stream of texts, in order, holding a few chunks per worker at a time.
+
+    One worker stays in this process. Several are fresh interpreters (spawned), so a script that calls this needs `if __name__ == "__main__"`.
     """
     with _serial_tokenizers():
         if workers == 1:
             for chunk in _chunks(texts):
-                yield from tokenize(tokenizer, chunk)
+                yield from work(tokenizer, chunk)
             return
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) as pool:
-            pending: collections.deque[concurrent.futures.Future[list[np.ndarray]]] = collections.deque()
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, work)) as pool:
+            pending: collections.deque[concurrent.futures.Future[list[Any]]] = collections.deque()
             try:
                 for chunk in _chunks(texts):
                     pending.append(pool.submit(_work, chunk))
@@ -87,12 +121,12 @@ def tokenized(tokenizer: Any, texts: Iterable[str], workers: int) -> Iterator[np
                 pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    chunk: list[Text] = []
     characters = 0
     for text in texts:
         chunk.append(text)
-        characters += len(text)
+        characters += len(text) if isinstance(text, str) else sum(map(len, text))
         if len(chunk) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -100,11 +134,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-_worker: dict[str, Any] = {}  # the tokenizer of a worker process, sent once rather than with every chunk
+_worker: dict[str, Any] = {}  # what a worker process works with, sent once rather than with every chunk
 
 
-def _start_worker(tokenizer: Any) -> None:
-    _worker["tokenizer"] = tokenizer
+def _start_worker(tokenizer: Any, work: Callable[[Any, list[Any]], list[Any]]) -> None:
+    _worker.update(tokenizer=tokenizer, work=work)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -116,8 +150,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(texts: list[str]) -> list[np.ndarray]:
-    return tokenize(_worker["tokenizer"], texts)
+def _work(texts: list[Any]) -> list[Any]:
+    found: list[Any] = _worker["work"](_worker["tokenizer"], texts)
+    return found
 
 
 @contextlib.contextmanager

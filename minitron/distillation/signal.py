@@ -78,7 +78,8 @@ class LiveTeacher:
             weight_vG, first = engine.live_head(self.model, self.world)
             return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), Head(weight_vG.detach(), first))
 
-        return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect)
+        documents = [batch.documents_BS for batch in batches]
+        return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect, documents_BS=documents)
 
 
 class ForeignTeacher:
@@ -95,9 +96,18 @@ class ForeignTeacher:
         """As `Teacher` says."""
         mine_MBS = torch.stack([batch.inputs_BS for batch in batches]).to(self.world.device)
         all_NBS = engine.every_replica(mine_MBS, self.student_world).flatten(0, 1)
-        share = [all_NBS[number] for number in self.relay.share(len(all_NBS))]  # none where the teacher has more replicas than there is to do
-        found_SBG = engine.forward_only(self.model, share, self.world, lambda _, hidden_SBG: hidden_SBG) if share else []
+        numbers = self.relay.share(len(all_NBS))  # none where the teacher has more replicas than there is to do
+        share, documents = [all_NBS[number] for number in numbers], self._documents(batches, numbers)
+        found_SBG = engine.forward_only(self.model, share, self.world, lambda _, hidden_SBG: hidden_SBG, documents_BS=documents) if share else []
         _, batch, length = mine_MBS.shape
         shape_SBG = (length // self.world.cp, batch, self.model.arch.hidden_size)
         arrived_SBG = self.relay.carry(found_SBG, len(all_NBS), torch.empty(shape_SBG, dtype=self.model.config.params_dtype, device="meta"))
         return [WholeSignal(hidden_SBG.flatten(0, 1), self.head) for hidden_SBG in arrived_SBG]
+
+    def _documents(self, batches: Sequence[engine.Batch], numbers: Sequence[int]) -> list[Tensor] | None:
+        """Of these microbatches out of the global batch, the document that each position is of, where documents don't see each other."""
+        mine = [batch.documents_BS for batch in batches if batch.documents_BS is not None]
+        if not mine:
+            return None
+        all_NBS = engine.every_replica(torch.stack(mine).to(self.world.device), self.student_world).flatten(0, 1)
+        return [all_NBS[number] for number in numbers]

@@ -37,8 +37,21 @@ def whole_context(part: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.cat([pieces[held.index(number)] for number in range(2 * cp)])
 
 
+def documents_mask(documents_BW: torch.Tensor, cp: int = 1, cp_rank: int = 0) -> torch.Tensor:
+    """What each position of a context rank's part sees of the whole sequence: itself and what comes before it in its document; bool [B, 1, S, W].
+
+    Every position sees itself, so no row is empty. Positions are not counted anew in each document: rotary angles matter by their
+    differences alone, and those inside a document are the same wherever it lies (scaled kinds of rope go by the length of the
+    whole window, as they do without documents).
+    """
+    whole_W = torch.arange(documents_BW.size(1), device=documents_BW.device)
+    mine_S, documents_BS = sequence_part(whole_W, 0, cp, cp_rank), sequence_part(documents_BW, 1, cp, cp_rank)
+    same_BSW = documents_BS[:, :, None] == documents_BW[:, None, :]
+    return (same_BSW & (mine_S[:, None] >= whole_W))[:, None]
+
+
 class Attention(MegatronModule):
-    """Causal attention by `scaled_dot_product_attention`: flash kernels on a GPU, no [S, S] matrix there.
+    """Causal attention by `scaled_dot_product_attention`: flash kernels on a GPU, no [S, S] matrix there unless a mask says what is seen.
 
     Under context parallelism each rank gathers the keys and values of the whole sequence and keeps its own queries.
     """
@@ -53,21 +66,24 @@ class Attention(MegatronModule):
 
     def forward(self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, attention_mask: Any,
                 attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> torch.Tensor:  # fmt: skip
-        """Returns [S, B, N * D]."""
+        """Returns [S, B, N * D]. `attention_mask`: None, or as `documents_mask` makes it, the causal part included."""
         cp = self.context.size()
         if cp > 1:
             key_SBGD, value_SBGD = (whole_context(x, self.context) for x in (key_SBGD, value_SBGD))
         query_BNSD, key_BGWD, value_BGWD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        if attention_mask is not None:  # a GPU's kernels that take a mask know no groups: without this they would all be passed over
+            key_BGWD, value_BGWD = (x.repeat_interleave(query_BNSD.size(1) // x.size(1), dim=1) for x in (key_BGWD, value_BGWD))
         attend = functools.partial(
             torch.nn.functional.scaled_dot_product_attention, scale=self.softmax_scale, enable_gqa=query_BNSD.size(1) != key_BGWD.size(1)
         )
         if cp == 1:
-            out_BNSD = attend(query_BNSD, key_BGWD, value_BGWD, is_causal=True)
+            out_BNSD = attend(query_BNSD, key_BGWD, value_BGWD, attn_mask=attention_mask, is_causal=attention_mask is None)
         else:
             length, parts = query_BNSD.size(2) // 2, []
-            for query_BNLD, piece in zip(query_BNSD.chunk(2, dim=2), pieces_of(cp, self.context.rank()), strict=True):
+            masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
+            for query_BNLD, piece, seen_B1LW in zip(query_BNSD.chunk(2, dim=2), pieces_of(cp, self.context.rank()), masks, strict=True):
                 end = (piece + 1) * length  # what a piece may see: everything up to its own end
-                mask = causal_lower_right(length, end)
+                mask = causal_lower_right(length, end) if seen_B1LW is None else seen_B1LW[..., :end]
                 parts.append(attend(query_BNLD, key_BGWD[:, :, :end], value_BGWD[:, :, :end], attn_mask=mask))
             out_BNSD = torch.cat(parts, dim=2)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)

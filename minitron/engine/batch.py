@@ -15,7 +15,7 @@ class Batch(NamedTuple):
 
     tokens_BT: Tensor
     counted_BS: Tensor | None = None  # bool: the prediction made at a position counts in the loss (None: all do)
-    documents_BS: Tensor | None = None  # positions with equal numbers see each other (None: all of a sequence do)
+    documents_BS: Tensor | None = None  # int: a position sees those before it with its own number alone (None: all before it)
 
     @property
     def inputs_BS(self) -> Tensor:

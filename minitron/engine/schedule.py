@@ -10,13 +10,14 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
-from minitron.engine.attention import sequence_part
+from minitron.engine.attention import documents_mask, sequence_part
 from minitron.engine.batch import Batch
 from minitron.engine.model import Chunk, Model
 from minitron.engine.parallel import World, inside
 
 Tensor = torch.Tensor
 Item = TypeVar("Item")
+Inputs = tuple[Tensor, Tensor | None]  # tokens [B, S], and the document that each position is of, where documents don't see each other
 LossParts = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -36,20 +37,23 @@ def forward_only(
     world: World,
     collect: Callable[[int, Tensor], Any] | None = None,
     watch: Watch | None = None,
+    documents_BS: Sequence[Tensor | None] | None = None,
 ) -> list[Any]:
     """Run input tokens [B, S] through the model without gradients; all microbatches have one shape.
 
+    `documents_BS`: of each microbatch, as in `Batch` (None: every position sees all before it).
     `collect(microbatch, hidden_SBH)` is called with the last hidden states (after the final norm) on the last stage; what it
     returns is returned, one entry per microbatch, there and nowhere else.
     """
-    filled, chunks_left = fill_up(microbatches_BS, world), dict[int, int]()
+    inputs: list[Inputs] = list(zip(microbatches_BS, documents_BS or [None] * len(microbatches_BS), strict=True))
+    filled, chunks_left = fill_up(inputs, world), dict[int, int]()
 
     def step(numbered: Any, chunk: Chunk) -> tuple[Tensor, Callable[..., Any]]:
-        number, tokens_BS = next(numbered)
+        number, inputs = next(numbered)
         real = number < len(microbatches_BS)
         if watch is not None:
             watch.begin(number if real else None)
-        hidden_SBH = chunk(sequence_part(tokens_BS, 1, world.cp, world.cp_rank).to(world.device), None, None)
+        hidden_SBH = run_chunk(chunk, inputs, world)
         chunks_left[number] = chunks_left.get(number, world.vpp) - 1
         if watch is not None and real and chunks_left[number] == 0:
             watch.end(number)
@@ -71,26 +75,35 @@ def forward_backward(
     """
 
     def step(numbered: Any, chunk: Any) -> tuple[Tensor, Callable[[Tensor], LossParts]]:
-        number, tokens_BS = next(numbered)
-        hidden_SBH = chunk(sequence_part(tokens_BS, 1, world.cp, world.cp_rank).to(world.device), None, None)
+        number, inputs = next(numbered)
+        hidden_SBH = run_chunk(chunk, inputs, world)
         return hidden_SBH, lambda hidden_SBH: loss(number, hidden_SBH)
 
     for chunk in wrapped:
         chunk.train()
-    logs: list[dict[str, Tensor]] = run_schedule(list(wrapped), step, [batch.inputs_BS for batch in batches], world, forward_only=False)
+    inputs: list[Inputs] = [(batch.inputs_BS, batch.documents_BS) for batch in batches]
+    logs: list[dict[str, Tensor]] = run_schedule(list(wrapped), step, inputs, world, forward_only=False)
     return logs
 
 
-def run_schedule(chunks: list[Any], step: Callable[..., Any], microbatches_BS: Sequence[Tensor], world: World, forward_only: bool) -> Any:
-    """Megatron's schedule for this layout; `step` gets an iterator of (number, tokens) of its chunk."""
-    batch, seq_length = microbatches_BS[0].shape
-    iterators = [iter(enumerate(microbatches_BS)) for _ in chunks]
+def run_chunk(chunk: Any, inputs: Inputs, world: World) -> Tensor:
+    """A chunk's pass over this rank's part of a microbatch. The mask goes to every chunk by itself: stages pass on hidden states alone."""
+    tokens_BS, documents_BS = inputs
+    mask = None if documents_BS is None else documents_mask(documents_BS.to(world.device), world.cp, world.cp_rank)
+    hidden_SBH: Tensor = chunk(sequence_part(tokens_BS, 1, world.cp, world.cp_rank).to(world.device), None, mask)
+    return hidden_SBH
+
+
+def run_schedule(chunks: list[Any], step: Callable[..., Any], microbatches: Sequence[Inputs], world: World, forward_only: bool) -> Any:
+    """Megatron's schedule for this layout; `step` gets an iterator of (number, inputs) of its chunk."""
+    batch, seq_length = microbatches[0][0].shape
+    iterators = [iter(enumerate(microbatches)) for _ in chunks]
     with inside(world):
         return get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if world.vpp > 1 else iterators[0],
             model=chunks if world.vpp > 1 else chunks[0],
-            num_microbatches=len(microbatches_BS),
+            num_microbatches=len(microbatches),
             seq_length=seq_length,
             micro_batch_size=batch,
             forward_only=forward_only,
@@ -98,10 +111,10 @@ def run_schedule(chunks: list[Any], step: Callable[..., Any], microbatches_BS: S
         )
 
 
-def fill_up(microbatches_BS: Sequence[Tensor], world: World) -> Sequence[Tensor]:
+def fill_up(microbatches: Sequence[Item], world: World) -> Sequence[Item]:
     """The interleaved schedule wants a multiple of the stages: the last microbatch is repeated, and what comes of it dropped."""
-    missing = -len(microbatches_BS) % world.pp if world.vpp > 1 else 0
-    return [*microbatches_BS, *[microbatches_BS[-1]] * missing]
+    missing = -len(microbatches) % world.pp if world.vpp > 1 else 0
+    return [*microbatches, *[microbatches[-1]] * missing]
 
 
 def in_passes(items: Iterable[Item], world: World, shape: Callable[[Item], Any]) -> Iterator[list[Item]]:

@@ -148,8 +148,8 @@ def transformer_engine_spec(config: TransformerConfig, vp_stage: int | None) -> 
 SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
 
 
-def pick_spec(setting: str, arch: Arch, world: World) -> str:
-    """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present.
+def pick_spec(setting: str, arch: Arch, world: World, separate_documents: bool = False) -> str:
+    """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present and it can do what is asked.
 
     Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
     """
@@ -160,6 +160,8 @@ def pick_spec(setting: str, arch: Arch, world: World) -> str:
         reason = "the package transformer-engine is not installed"
     elif rope_factor(arch) != 1.0:
         reason = "Transformer Engine's attention can't take the factor that this rope_type puts on the angles"
+    elif separate_documents:
+        reason = "Transformer Engine's attention is not told of the documents of data.separate_documents=true"
     if setting == "transformer_engine" and reason is not None:
         raise refuse("spec", setting, f"{reason}; use auto or torch")
     return "torch" if setting == "torch" or reason is not None else "transformer_engine"

@@ -102,7 +102,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
 
     def update(self, batches: list[Batch], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
-        """One optimizer step. Returns the loss parts per token, the gradient norm and the learning rate used.
+        """One optimizer step. Returns the loss parts per counted token, how many these were, the gradient norm and the learning rate used.
 
         A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
         """
@@ -149,7 +149,10 @@ def use_fused_adam(optimizer: Any) -> None:
 
 
 def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float]:
-    """Sums per microbatch, with their count under "tokens", to means over the global batch, on every rank."""
+    """Sums per microbatch, with their count under "tokens", to means over the global batch and their count, on every rank.
+
+    A batch in which nothing counts has means of 0.
+    """
     names: list[str] = sorted(logs[0]) if logs else []
     if world.pp > 1:
         box = [names]
@@ -163,7 +166,7 @@ def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float
         dist.broadcast(sums, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
     totals = dict(zip(names, sums.tolist(), strict=True))
     tokens = totals.pop("tokens")
-    return {name: total / max(tokens, 1) for name, total in totals.items()}
+    return {**{name: total / max(tokens, 1) for name, total in totals.items()}, "counted_tokens": int(tokens)}
 
 
 def report(task: Task, metrics: dict[str, Any], world: World) -> None:
@@ -198,6 +201,8 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         seconds = time.perf_counter() - started
         tokens = settings.global_batch_size * settings.seq_length
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
+        if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
+            del metrics["counted_tokens"]
         if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
             metrics |= task.validate()
         report(task, metrics, world)

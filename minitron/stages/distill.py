@@ -45,7 +45,8 @@ def work(opened: Session) -> None:
 
     samples = TrainingSamples(
         data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order",
-        once=lambda make: engine.on_main(world, make),
+        once=lambda make: engine.on_main(world, make), packing=cfg.data.packing, separate=cfg.data.separate_documents,
+        prompts=cfg.data.prompt_key is not None,
     )  # fmt: skip
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
         task = engine.Task(
@@ -73,7 +74,7 @@ def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, ste
     count = cfg.train.global_batch_size // (cfg.train.micro_batch_size * world.dp)
     stream = batches(samples, start=step * cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, num_microbatches=count,
                      dp_rank=world.dp_rank, dp_size=world.dp)  # fmt: skip
-    return [engine.Batch(next(stream)) for _ in range(count)]
+    return [next(stream) for _ in range(count)]
 
 
 def validate(opened: Session, student: engine.Model) -> dict[str, float]:
