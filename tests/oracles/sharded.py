@@ -8,7 +8,7 @@ from minitron.engine.parallel import World, gather_shards
 from minitron.engine.schedule import forward_only, whole_sequence
 
 
-def whole_logits(model: Model, tokens_BS: torch.Tensor, world: World) -> torch.Tensor | None:
+def whole_logits(model: Model, tokens_BS: torch.Tensor, world: World, documents_BS: torch.Tensor | None = None) -> torch.Tensor | None:
     """[B, S, V] in fp32 on the ranks of the last stage, None elsewhere."""
 
     def collect(_: int, hidden_SBH: torch.Tensor) -> torch.Tensor:
@@ -17,7 +17,7 @@ def whole_logits(model: Model, tokens_BS: torch.Tensor, world: World) -> torch.T
         whole_VSB = whole_context(gather_shards(shard_VSB.contiguous(), world).transpose(0, 1), world.groups.cp).transpose(0, 1)
         return whole_VSB[: model.arch.vocab_size].permute(2, 1, 0).float()
 
-    found = forward_only(model, [tokens_BS], world, collect)
+    found = forward_only(model, [tokens_BS], world, collect, documents_BS=[documents_BS])
     return found[0] if found else None
 
 
