@@ -146,7 +146,8 @@ class Session:
 
     def spec(self, arch: Arch) -> str:
         """The spec that a model is trained and evaluated with. Raises RequestError where what is asked for can't be had."""
-        return engine.pick_spec(self.cfg.spec, arch, self.world, self.cfg.data.separate_documents)
+        separate = self.cfg.data.separate_documents and "distill" in VERBS[self.verb].groups
+        return engine.pick_spec(self.cfg.spec, arch, self.world, separate)
 
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""

@@ -1,5 +1,7 @@
 """What is refused, or remarked upon, from settings and numbers of tokens alone."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch._inductor.config
@@ -164,3 +166,11 @@ def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
     with pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):
         check(config({"calibrate": {"compile": True}}), "calibrate")
+
+
+def test_separate_documents_are_refused_with_transformer_engine():
+    asked = dataclasses.replace(config({"data": {"separate_documents": True}}), spec="transformer_engine")
+    with pytest.raises(
+        RequestError, match=r"^data.separate_documents=true: Transformer Engine's attention is not told of documents; use spec=auto or"
+    ):
+        check(asked, "distill")

@@ -177,3 +177,10 @@ def test_the_folder_of_something_else(tmp_path):
         own(tmp_path / "new")
     (tmp_path / "new" / RECORD).write_text(json.dumps({}))
     own(tmp_path / "new")
+
+
+def test_how_training_reads_its_text_binds_training_alone(run):
+    packed = config(data={"packing": "documents"})
+    claim(run(["data", "calibrate", "prune"]), packed, "distill")
+    with pytest.raises(RequestError, match=r"^data.packing=documents: run.dir=.* belongs to a run whose distill has stream; use that"):
+        claim(run(["data", "calibrate", "prune"], ["distill"], [4]), packed, "distill")

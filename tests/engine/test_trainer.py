@@ -74,6 +74,20 @@ def test_it_reports_every_step_and_validates_and_saves_at_its_intervals(folder, 
     assert (tmp_path / "latest").read_text() == "6\n"
 
 
+def test_a_step_s_counted_tokens_are_told_where_they_are_fewer_than_those_read(folder, alone, tmp_path):
+    run = Run(alone, folder)
+
+    def masked(step):
+        """From the third step on every sequence has a position less that counts."""
+        counted_BS = torch.ones(2, 12, dtype=torch.bool)
+        counted_BS[:, : max(step - 1, 0)] = False
+        return [batch._replace(counted_BS=counted_BS) for batch in run.microbatches(step)]
+
+    run.fit(tmp_path, microbatches=masked)
+    assert [line.get("counted_tokens") for line in run.lines] == [None, None, 44, 40, 36, 32]
+    assert [line["tokens"] for line in run.lines] == [48 * step for step in range(1, 7)]
+
+
 def test_a_stop_asked_for_at_the_last_step_is_no_stop(folder, alone, tmp_path):
     run = Run(alone, folder).fit(tmp_path, stop_after=6)
     assert run.trainer.step == 6
