@@ -124,8 +124,9 @@ def _made_from(job: Job, data: Data, seed: int, tokenizer: str) -> dict[str, Any
         "text_key": None if job.source.kind == "prepared" else job.source.field or data.text_key,
         "hub_split": data.split if job.source.kind == "hub" else None,
         "tokenizer": None if job.source.kind == "prepared" else tokenizer,
-        "prompt_key": None if job.source.kind == "prepared" else job.prompt_key,
         "held_out": {"fraction": data.valid_fraction, "seed": seed} if len(job.parts) == 2 else None,
+        # only where there are prompts: without them, data stays what it was before there was this setting
+        **({} if job.prompt_key is None or job.source.kind == "prepared" else {"prompt_key": job.prompt_key}),
     }
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from minitron.config.schema import Distill, Train
-from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
 from minitron.engine.trainer import Trainer
 from minitron.weights.load import load
 from minitron.weights.source import open_folder
+from tests.distillation.test_teacher_layouts import teacher_on
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.models import BIASES, UNTIED, hf_model, save_model, tokens_of
 from tests.oracles.sharded import of_last_stage, whole_logits
@@ -31,6 +31,8 @@ RUNS = [
     (Layout(tp=2, sp=True), 2), (Layout(pp=2), 2), (Layout(dp=2, cp=2), 2), (Layout(tp=2, cp=2, sp=True), 4), (Layout(pp=2, vpp=2), 2),
     (Layout(tp=2, pp=2), 1),
 ]  # fmt: skip
+# (layout of the student, (tp, pp) of the teacher)
+OWN = [(Layout(tp=2), (1, 1)), (Layout(dp=2), (1, 2)), (Layout(tp=2, cp=2, sp=True), (1, 2))]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +89,12 @@ def expected(folders):
     return found
 
 
-def trained(world, folders, micro_batch_size, padding=None):
-    """The metrics of a step on each batch."""
+def trained(world, folders, micro_batch_size, padding=None, own=None):
+    """The metrics of a step on each batch; `own`: (tp, pp) of the teacher."""
     student = load(open_folder(folders[0], "model.path"), world, torch.float32)
-    teacher = load(open_folder(folders[1], "teacher.path"), world, torch.float32).requires_grad_(False)
+    teacher, _ = teacher_on(world, folders[1], *(own or (world.tp, world.pp)))
     trainer = Trainer(student, Train(**SETTINGS, micro_batch_size=micro_batch_size), world)
-    loss = distillation_loss(student, LiveTeacher(teacher, world), Distill(temperature=TEMPERATURE, chunk_tokens=5), world)
+    loss = distillation_loss(student, teacher, Distill(temperature=TEMPERATURE, chunk_tokens=5), world)
     lines = []
     for step, windows in enumerate(BATCHES):
         parts = [field[world.dp_rank :: world.dp].split(micro_batch_size) for field in batch_of(windows, step, padding)]
@@ -109,7 +111,18 @@ def test_a_step_is_that_of_documents_read_alone(layout, micro_batch_size, folder
         13 + 7 + 16 + 2,
         0,
     ]  # by hand, so that the oracle counts what is meant
-    for lines in on_ranks(trained, layout, folders, micro_batch_size):
+    check(on_ranks(trained, layout, folders, micro_batch_size), expected)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("layout", "own"), OWN, ids=str)
+def test_a_teacher_in_a_layout_of_its_own_is_told_of_documents(layout, own, folders, expected):
+    check(on_ranks(trained, layout, folders, 2, None, own), expected)
+
+
+def check(ranks, expected):
+    """Every rank's metrics are those of documents read alone."""
+    for lines in ranks:
         for line, (loss, norm, count) in zip(lines, expected, strict=True):
             assert (line["counted_tokens"], line["skipped"]) == (count, 0)
             assert line["loss"] == pytest.approx(loss, rel=1e-5)
