@@ -50,7 +50,9 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folders):
     return {
-        name: distil(folders[student], folders["teacher"], global_batches(), Train(**SETTINGS), TEMPERATURE, hidden, SEED, counted() if masked else None)
+        name: distil(
+            folders[student], folders["teacher"], global_batches(), Train(**SETTINGS), TEMPERATURE, hidden, SEED, counted() if masked else None
+        )
         for name, (student, hidden, masked) in CASES.items()
     }
 
@@ -135,9 +137,7 @@ def unbroken_and_resumed(world, folder, out, dtype):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(
-    ("layout", "dtype"), [(Layout(), torch.bfloat16), (Layout(tp=2, pp=2, sp=True), torch.float32)], ids=str
-)
+@pytest.mark.parametrize(("layout", "dtype"), [(Layout(), torch.bfloat16), (Layout(tp=2, pp=2, sp=True), torch.float32)], ids=str)
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(layout, dtype, folders, tmp_path):
     ranks = on_ranks(unbroken_and_resumed, layout, folders["wide"], tmp_path, dtype)
     whole, broken, *_ = ranks[0]
