@@ -23,8 +23,9 @@ from tests.oracles.training import distil
 BATCH, LENGTH, STEPS, TEMPERATURE, SEED = 8, 12, 3, 2.0, 11
 SETTINGS = {"steps": 6, "global_batch_size": BATCH, "seq_length": LENGTH, "lr": 3e-3, "min_lr": 1e-4, "warmup_steps": 2, "clip_grad": 1.0}
 NARROW = {"hidden_size": 36, "intermediate_size": 24}
-# Over two stages the teacher's six layers lie three and three, the student's four two and two: both ways between stages, and within each.
-PAIRS = {"layers": [2, -2, 4, 1], "teacher_layers": [-3, 2, 6, 1]}
+# Over two stages the teacher's six layers lie three and three, the student's four two and two: both ways between stages, and within each;
+# one layer of either side is in two pairs.
+PAIRS = {"layers": [2, -2, 4, 2], "teacher_layers": [-3, 2, 6, 2]}
 # {name: (student, settings, whether some tokens don't count)}
 CASES = {
     "cosine": ("narrow", Hidden(enabled=True, projection=True, embeddings=True, **PAIRS), True),
