@@ -15,6 +15,7 @@ from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.data.tokenizing import differing_token, load_tokenizer
+from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.weights.source import locate, open_folder
@@ -60,6 +61,8 @@ def check(cfg: Config, verb: str) -> None:
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
+    if "distill" in groups and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
+        raise refuse("distill.hidden.enabled", True, "hidden states can't be compared over layouts: null is needed for teacher.parallel.tp and pp")
     if "teacher" in groups:
         check_teacher_ranks(cfg)
     if "data" in groups:
@@ -159,6 +162,12 @@ def check_teacher_layout(cfg: Config, teacher: Arch, whose: str) -> None:
     """The teacher must fit its own layout."""
     layout = cfg.teacher_parallel
     check_layout(teacher, layout, whose, "parallel" if layout == cfg.parallel else "teacher.parallel")
+
+
+def check_hidden(cfg: Config, student: Arch, teacher: Arch) -> None:
+    """Hidden states that are to be compared exist in both models, and their sizes agree or are bridged."""
+    if cfg.distill.hidden.enabled:
+        pairs_of(cfg.distill.hidden, student, teacher)
 
 
 def check_texts(cfg: Config, verb: str, data: Manifest) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import minitron
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.checks import check, check_model, check_teacher, check_texts, check_tokenizers, remarks
+from minitron.checks import check, check_hidden, check_model, check_teacher, check_texts, check_tokenizers, remarks
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
+from minitron.pruning.target import target_arch
 from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, own, settings_of
 from minitron.reporting.console import counter
 from minitron.weights.load import load
@@ -227,8 +228,20 @@ def check_models(opened: Session) -> None:
         if cfg.teacher.path is not None:
             check_teacher(cfg, arch, opened.teacher_source.arch)
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
+        if (student := student_arch(opened)) is not None:
+            check_hidden(cfg, student, opened.teacher_source.arch)
         for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
             opened.spec(model)
+
+
+def student_arch(opened: Session) -> Arch | None:
+    """The sizes of what this verb distils: as asked for or, where they are no longer asked for, as pruned (None: not yet)."""
+    cfg, groups = opened.cfg, VERBS[opened.verb].groups
+    if "target" in groups:
+        return target_arch(opened.source.arch, cfg.target, cfg.parallel)
+    file = opened.pruned / "arch.json"
+    sizes = engine.on_main(opened.world, lambda: read_json(file) if file.exists() else None)
+    return Arch.from_dict(sizes) if sizes else None
 
 
 @contextlib.contextmanager

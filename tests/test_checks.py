@@ -162,6 +162,12 @@ def test_the_teachers_layout_is_the_students_unless_it_is_another():
     assert (found.tp, found.pp, found.vpp, found.cp, found.sp) == (1, 2, 1, 3, False)
 
 
+def test_hidden_states_of_a_teacher_at_another_layout_are_refused():
+    apart = {"teacher": {"parallel": {"tp": 2}}, "distill": {"hidden": {"enabled": True}}}
+    with pytest.raises(RequestError, match=r"^distill.hidden.enabled=true: hidden states can't be compared over layouts: null is needed for teacher"):
+        check(build(Config, apart), "distill")
+
+
 def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
     with pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):

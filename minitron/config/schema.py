@@ -150,6 +150,30 @@ class Calibrate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hidden:
+    """A loss between what layers of student and teacher put out, beside the one on the logits; of use where many layers were cut."""
+
+    enabled: bool = setting(False, "also pull hidden states of the student towards the teacher's")
+    kind: str = setting("cosine", "per token: 1 - cosine, or the mean square over channels", allowed=("cosine", "mse"))
+    layers: list[int] | None = setting([-3], "layers of the student, counted from 1, or from the end as -1 (null: none)")
+    teacher_layers: list[int] | None = setting([-3], "the teacher's layer that each of them is compared to, counted likewise")
+    embeddings: bool = setting(False, "compare what the embeddings put out, too")
+    projection: bool = setting(False, "a learned matrix takes the student's hidden states to the teacher's size; one for all layers, not exported")
+    alpha: float | str = setting(
+        "dynamic", "weight of the sum over layers; dynamic: what made it as large as the loss on the logits in the step before, 0 in the first"
+    )
+
+    def __post_init__(self) -> None:
+        ours, theirs = self.layers or [], self.teacher_layers or []
+        if len(ours) != len(theirs):
+            raise refuse("distill.hidden.teacher_layers", self.teacher_layers, f"one for each of distill.hidden.layers={self.layers} is needed")
+        if self.enabled and not ours and not self.embeddings:
+            raise refuse("distill.hidden.layers", self.layers, "nothing is compared: layers, or distill.hidden.embeddings=true, are needed")
+        if self.alpha != "dynamic" and (isinstance(self.alpha, str) or self.alpha < 0):
+            raise refuse("distill.hidden.alpha", self.alpha, "dynamic or a number of at least 0 is needed")
+
+
+@dataclasses.dataclass(frozen=True)
 class Distill:
     loss: str = setting(
         "forward_kl",
@@ -169,6 +193,7 @@ class Distill:
         allowed=("forward", "recompute"),
     )
     chunk_tokens: int = setting(128, "tokens whose logits exist at one time inside the loss", least=1)
+    hidden: Hidden = dataclasses.field(default_factory=Hidden)
 
     def __post_init__(self) -> None:
         if self.beta >= 1:

@@ -66,10 +66,13 @@ class NoTeacher:
 
 
 class LiveTeacher:
-    """A model on the same ranks, run forward over a step's microbatches; only its last hidden states are kept, and its logits never made."""
+    """A model on the same ranks, run forward over a step's microbatches; only its last hidden states are kept, and its logits never made.
 
-    def __init__(self, model: engine.Model, world: engine.World) -> None:
-        self.model, self.world = model, world
+    `watch` follows its passes, for what is wanted of it beside its predictions.
+    """
+
+    def __init__(self, model: engine.Model, world: engine.World, watch: engine.Watch | None = None) -> None:
+        self.model, self.world, self.watch = model, world, watch
 
     def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
         """As `Teacher` says."""
@@ -79,7 +82,7 @@ class LiveTeacher:
             return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), Head(weight_vG.detach(), first))
 
         documents = [batch.documents_BS for batch in batches]
-        return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect, documents_BS=documents)
+        return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect, self.watch, documents)
 
 
 class ForeignTeacher:

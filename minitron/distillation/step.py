@@ -17,19 +17,21 @@ from minitron.distillation.signal import Head, Teacher
 
 Tensor = torch.Tensor
 if TYPE_CHECKING:
-    StepLoss = Callable[[int, Tensor], engine.LossParts]
-    ForStep = Callable[[int, list[engine.Batch]], StepLoss]
+    from minitron.distillation.hidden import HiddenLoss
+
+    ForStep = Callable[[int, list[engine.Batch]], engine.StepLoss]
 
 
-def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill, world: engine.World) -> ForStep:
+def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill, world: engine.World, hidden: HiddenLoss | None = None) -> ForStep:
     """The trainer's `loss`: asks the teacher about a step's microbatches, then gives the student's loss of each.
 
     Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5), unless `settings` say otherwise.
+    `hidden` adds its loss; its `teacher_states` watch this teacher's passes.
     """
 
     scratch = Scratch()
 
-    def for_step(step: int, batches: list[engine.Batch]) -> StepLoss:
+    def for_step(step: int, batches: list[engine.Batch]) -> engine.StepLoss:
         signals = dict(enumerate(teacher.signals(step, batches)))
 
         def loss(number: int, hidden_SBH: Tensor) -> engine.LossParts:
@@ -41,7 +43,10 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
             logs = {"loss": losses.total.detach(), "kd_loss": losses.kd, "tokens": tokens}
             return losses.total, tokens, logs | ({"ce_loss": losses.ce} if settings.cross_entropy > 0 else {})
 
-        return loss
+        if hidden is None:
+            return engine.StepLoss(loss)
+        hidden.start(batches)
+        return engine.StepLoss(loss, hidden, hidden.sums, hidden.finish)
 
     return for_step
 

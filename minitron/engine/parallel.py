@@ -274,6 +274,20 @@ def sum_over_replicas(tensors: list[torch.Tensor], world: World) -> list[torch.T
     return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
+def sum_over_tokens(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:
+    """Each rank's sums over the tokens it holds, on any stage, to sums over the global batch: the same bits on every rank.
+
+    Tensor ranks hold parts of a sequence under sequence parallelism and copies without; then the first one speaks for all.
+    """
+    if world.size == 1 or not tensors:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if world.tp_rank and not world.sequence_parallel:
+        flat = torch.zeros_like(flat)
+    dist.all_reduce(flat)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
 def sum_over_tensor_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """A new tensor: the sum over the tensor ranks."""
     if world.tp == 1:

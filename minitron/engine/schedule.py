@@ -3,6 +3,7 @@
 Legend: B microbatch, S sequence (a rank's part under sequence and context parallelism), H hidden.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +23,7 @@ LossParts = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class Watch(Protocol):
-    """Follows the passes of `forward_only` on every stage, for hooks that must know whose activations they see."""
+    """Follows the forward passes on every stage, for hooks that must know whose activations they see."""
 
     def begin(self, microbatch: int | None) -> None:
         """A pass of this microbatch through one of this rank's chunks begins (None: one that only fills the schedule up)."""
@@ -46,37 +47,53 @@ def forward_only(
     returns is returned, one entry per microbatch, there and nowhere else.
     """
     inputs: list[Inputs] = list(zip(microbatches_BS, documents_BS or [None] * len(microbatches_BS), strict=True))
-    filled, chunks_left = fill_up(inputs, world), dict[int, int]()
+    count, one_pass = len(inputs), followed(watch, len(inputs), world)
 
     def step(numbered: Any, chunk: Chunk) -> tuple[Tensor, Callable[..., Any]]:
         number, inputs = next(numbered)
-        real = number < len(microbatches_BS)
-        if watch is not None:
-            watch.begin(number if real else None)
-        hidden_SBH = run_chunk(chunk, inputs, world)
-        chunks_left[number] = chunks_left.get(number, world.vpp) - 1
-        if watch is not None and real and chunks_left[number] == 0:
-            watch.end(number)
-        return hidden_SBH, lambda hidden_SBH, non_loss_data: collect(number, hidden_SBH) if collect is not None and real else None
+        with one_pass(number):
+            hidden_SBH = run_chunk(chunk, inputs, world)
+        return hidden_SBH, lambda hidden_SBH, non_loss_data: collect(number, hidden_SBH) if collect is not None and number < count else None
 
     model.eval()
     with torch.no_grad(), model.on_device():
-        results: list[Any] = run_schedule(model.chunks, step, filled, world, forward_only=True)
-    return results[: len(microbatches_BS)]
+        results: list[Any] = run_schedule(model.chunks, step, fill_up(inputs, world), world, forward_only=True)
+    return results[:count]
+
+
+def followed(watch: Watch | None, count: int, world: World) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """What to run each pass of a microbatch through a chunk in, by its number, so that `watch` hears of it; those from `count` on fill up."""
+    chunks_left: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def one_pass(number: int) -> Iterator[None]:
+        if watch is None:
+            yield
+            return
+        watch.begin(number if number < count else None)
+        yield
+        chunks_left[number] = chunks_left.get(number, world.vpp) - 1
+        if number < count and chunks_left[number] == 0:
+            watch.end(number)
+
+    return one_pass
 
 
 def forward_backward(
-    wrapped: Sequence[Any], batches: Sequence[Batch], world: World, loss: Callable[[int, Tensor], LossParts]
+    wrapped: Sequence[Any], batches: Sequence[Batch], world: World, loss: Callable[[int, Tensor], LossParts], watch: Watch | None = None
 ) -> list[dict[str, Tensor]]:
     """Forward and backward over a step's microbatches; gradients end reduced over replicas and divided by the global count of tokens.
 
     `wrapped`: the model's chunks in Megatron's DDP. `loss(microbatch, hidden_SBH)` runs on the last stage and returns the sum
-    over its tokens, how many they are (int), and detached sums to log; the logs are returned on the last stage.
+    over its tokens, how many they are (int), and detached sums to log; the logs are returned on the last stage. `watch` follows
+    the forward passes.
     """
+    one_pass = followed(watch, len(batches), world)
 
     def step(numbered: Any, chunk: Any) -> tuple[Tensor, Callable[[Tensor], LossParts]]:
         number, inputs = next(numbered)
-        hidden_SBH = run_chunk(chunk, inputs, world)
+        with one_pass(number):
+            hidden_SBH = run_chunk(chunk, inputs, world)
         return hidden_SBH, lambda hidden_SBH: loss(number, hidden_SBH)
 
     for chunk in wrapped:

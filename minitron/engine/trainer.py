@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
 from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
-from minitron.engine.parallel import World, any_rank, refuse_together
-from minitron.engine.schedule import LossParts, forward_backward
+from minitron.engine.parallel import World, any_rank, refuse_together, sum_over_tokens
+from minitron.engine.schedule import LossParts, Watch, forward_backward
 from minitron.errors import RequestError
 
 Tensor = torch.Tensor
@@ -30,26 +30,51 @@ BAD_STEPS_IN_A_ROW = 5
 
 
 @dataclasses.dataclass
+class StepLoss:
+    """The loss of one step.
+
+    `last(microbatch, hidden_SBH)`, on the last stage, turns a microbatch's last hidden states into (sum over its tokens, their count,
+    sums to log). `watch` follows the student's forward passes on every stage, for losses that are computed inside the model.
+    `sums()`: what such losses summed on this rank over its tokens, under the same names on every rank; added to the sums of the
+    same name that `last` logs. `finish(line)`: the step's figures are known and the model has its update (unless `skipped`);
+    returns further figures to log.
+    """
+
+    last: Callable[[int, Tensor], LossParts]
+    watch: Watch | None = None
+    sums: Callable[[], dict[str, Tensor]] = dict
+    finish: Callable[[dict[str, float]], dict[str, float]] = lambda line: {}
+
+
+class Extra(Protocol):
+    """What is trained or remembered beside the model and goes into checkpoints with it; the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+
+
+@dataclasses.dataclass
 class Task:
     """What a run of training is made of, besides the model.
 
-    `microbatches(step)`: this rank's. `loss(step, microbatches)` returns the
-    function that turns a microbatch's last hidden states into (sum over its tokens, their count, sums to log); called once
-    per step, before the model's own pass, so a teacher's pass belongs there. `validate()`: figures to log now and then.
-    `report(line)`: a step's metrics, on rank 0.
+    `microbatches(step)`: this rank's. `loss(step, microbatches)` is called once per step, before the model's own pass, so a
+    teacher's pass belongs there. `validate()`: figures to log now and then. `report(line)`: a step's metrics, on rank 0.
     """
 
     microbatches: Callable[[int], list[Batch]]
-    loss: Callable[[int, list[Batch]], Callable[[int, Tensor], LossParts]]
+    loss: Callable[[int, list[Batch]], StepLoss]
     validate: Callable[[], dict[str, float]]
     report: Callable[[dict[str, Any]], None]
 
 
 class Trainer:
-    """A model with its optimizer, its schedule of learning rates, and the number of steps done."""
+    """A model with its optimizer, its schedule of learning rates, the number of steps done, and by name what else its checkpoints hold."""
 
-    def __init__(self, model: Model, settings: Train, world: World) -> None:
-        self.model, self.settings, self.world, self.step = model, settings, world, 0
+    def __init__(self, model: Model, settings: Train, world: World, extras: dict[str, Extra] | None = None) -> None:
+        self.model, self.settings, self.world, self.step, self.extras = model, settings, world, 0, extras or {}
         config = model.config
         buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.wrapped = [DistributedDataParallel(config, buffers, chunk, pg_collection=world.groups) for chunk in model.chunks]
@@ -92,7 +117,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the sharded tensors."""
-        return {"step": self.step, "scheduler": self.scheduler.state_dict()}
+        extras = {name: extra.state_dict() for name, extra in self.extras.items()}
+        return {"step": self.step, "scheduler": self.scheduler.state_dict(), "extras": extras}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. From here on the learning rate is what today's settings give at each step, not those of the checkpoint."""
@@ -100,8 +126,10 @@ class Trainer:
         for group in self.optimizer.param_groups:  # loaded with the optimizer's state; the schedule reads them there
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
+        for name, extra in self.extras.items():
+            extra.load_state_dict(state["extras"][name])
 
-    def update(self, batches: list[Batch], loss: Callable[[int, Tensor], LossParts]) -> dict[str, float]:
+    def update(self, batches: list[Batch], loss: StepLoss) -> dict[str, float]:
         """One optimizer step. Returns the loss parts per counted token, how many these were, the gradient norm and the learning rate used.
 
         A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
@@ -110,14 +138,15 @@ class Trainer:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(1)
-        logs = forward_backward(self.wrapped, batches, self.world, loss)
-        parts = global_means(logs, self.world)
+        logs = forward_backward(self.wrapped, batches, self.world, loss.last, loss.watch)
+        parts = global_means(logs, loss.sums(), self.world)
         lr = self.optimizer.param_groups[0]["lr"]
         # every rank sees the same sums and the same norm, so every rank skips; a bf16 optimizer would not notice by itself
         grad_norm = self._grad_norm() if all(math.isfinite(value) for value in parts.values()) else math.nan
         if math.isfinite(grad_norm):
             self._step(grad_norm)
-        return {**parts, "grad_norm": grad_norm, "lr": lr, "skipped": int(not math.isfinite(grad_norm))}
+        line = {**parts, "grad_norm": grad_norm, "lr": lr, "skipped": int(not math.isfinite(grad_norm))}
+        return {**line, **loss.finish(line)}
 
     @torch.no_grad()
     def _grad_norm(self) -> float:
@@ -148,10 +177,11 @@ def use_fused_adam(optimizer: Any) -> None:
             group.update(fused=True, foreach=False)
 
 
-def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float]:
+def global_means(logs: list[dict[str, Tensor]], watched: dict[str, Tensor], world: World) -> dict[str, float]:
     """Sums per microbatch, with their count under "tokens", to means over the global batch and their count, on every rank.
 
-    A batch in which nothing counts has means of 0.
+    `logs` are the last stage's. `watched` are sums made on any stage; a sum of a name that `logs` have is added to it. A batch in which
+    nothing counts has means of 0.
     """
     names: list[str] = sorted(logs[0]) if logs else []
     if world.pp > 1:
@@ -165,6 +195,8 @@ def global_means(logs: list[dict[str, Tensor]], world: World) -> dict[str, float
     if world.pp > 1:
         dist.broadcast(sums, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
     totals = dict(zip(names, sums.tolist(), strict=True))
+    for name, total in zip(watched, sum_over_tokens(list(watched.values()), world), strict=True):
+        totals[name] = totals.get(name, 0.0) + total.item()
     tokens = totals.pop("tokens")
     return {**{name: total / max(tokens, 1) for name, total in totals.items()}, "counted_tokens": int(tokens)}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron import engine
 from minitron.config.schema import Config
+from minitron.distillation.hidden import HiddenLoss
 from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, Teacher
 from minitron.distillation.step import distillation_loss
 from minitron.reporting.console import progress, say
@@ -35,8 +36,9 @@ def work(opened: Session) -> None:
     data = opened.data  # before the models: a text that is too short is refused first
     student = opened.load_pruned()
     opened.check_descent()
-    loss = distillation_loss(student, teacher_of(opened), cfg.distill, world)
-    trainer = engine.Trainer(student, cfg.train, world)
+    hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
+    loss = distillation_loss(student, teacher_of(opened, hidden.teacher_states if hidden else None), cfg.distill, world, hidden)
+    trainer = engine.Trainer(student, cfg.train, world, {"hidden": hidden} if hidden else {})
     opened.checkpoints.resume(trainer)
     if world.is_main and trainer.step:
         todo = "nothing is left to do" if trainer.step == cfg.train.steps else "goes on from there"
@@ -59,11 +61,11 @@ def work(opened: Session) -> None:
         say(f"{opened.checkpoints.path(trainer.step)}: the student after {counted(trainer.step, 'step')}")
 
 
-def teacher_of(opened: Session) -> Teacher:
-    """The teacher as the student asks it: in the student's layout, or in one of its own."""
+def teacher_of(opened: Session, watch: engine.Watch | None) -> Teacher:
+    """The teacher as the student asks it: in the student's layout, where `watch` may follow its passes, or in one of its own."""
     model, its_world = opened.teacher, opened.teacher_world
     if its_world is opened.world:
-        return LiveTeacher(model, opened.world)
+        return LiveTeacher(model, opened.world, watch)
     return ForeignTeacher(model, its_world, Head(*load_head(opened.teacher_source, opened.world, opened.dtype)), opened.world)
 
 

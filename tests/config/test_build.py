@@ -35,6 +35,9 @@ def test_an_empty_tree_gives_the_defaults():
         ("data.valid", None, None),
         ("parallel.sp", True, True),
         ("teacher.parallel.tp", 2, 2),
+        ("distill.hidden.layers", [-1], [-1]),
+        ("distill.hidden.alpha", "dynamic", "dynamic"),
+        ("distill.hidden.alpha", 1, 1.0),
         ("eval.texts", {"a": "x.txt"}, {"a": "x.txt"}),
         ("seed", 0, 0),
     ],
@@ -86,6 +89,14 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
         ({"calibrate": {"seq_agg": "max"}}, "calibrate.seq_agg=max: one of mean, l2, var is needed"),
         ({"teacher": {"parallel": {"pp": 0}}}, "teacher.parallel.pp=0: at least 1 is needed"),
         ({"device": "tpu"}, "device=tpu: one of auto, cpu, cuda is needed"),
+        ({"distill": {"hidden": {"kind": "l1"}}}, "distill.hidden.kind=l1: one of cosine, mse is needed"),
+        ({"distill": {"hidden": {"alpha": "fixed"}}}, "distill.hidden.alpha=fixed: dynamic or a number of at least 0 is needed"),
+        ({"distill": {"hidden": {"alpha": -1}}}, "distill.hidden.alpha=-1.0: dynamic or a number of at least 0 is needed"),
+        ({"distill": {"hidden": {"layers": [1, 2]}}}, "distill.hidden.teacher_layers=[-3]: one for each of distill.hidden.layers=[1, 2] is needed"),
+        (
+            {"distill": {"hidden": {"enabled": True, "layers": None, "teacher_layers": None}}},
+            "distill.hidden.layers=null: nothing is compared: layers, or distill.hidden.embeddings=true, are needed",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused_by_full_name(tree, message):

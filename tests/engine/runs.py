@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from minitron.config.schema import Distill, Train
+from minitron.config.schema import Distill, Hidden, Train
+from minitron.distillation.hidden import HiddenLoss
 from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
@@ -21,15 +22,17 @@ SETTINGS = Train(**SIZES, save_interval=2, eval_interval=4, eval_tokens=1)
 class Run:
     """A trainer, what feeds it, and the lines that it reported."""
 
-    def __init__(self, world, folder, settings=SETTINGS, dtype=torch.float32):
+    def __init__(self, world, folder, settings=SETTINGS, dtype=torch.float32, hidden=None):
         self.world, self.settings = world, settings
         student, teacher = (load(open_folder(folder, "model.path"), world, dtype) for _ in range(2))
         with torch.no_grad():
             for name, parameter in student.named_parameters():  # the student starts beside its teacher
                 parameter.mul_(0.8 if "mlp" in name else 1.2)
-        self.trainer = Trainer(student, settings, world)
+        teacher.requires_grad_(False)
+        extra = HiddenLoss(student, teacher, Hidden(enabled=True, **hidden), settings, world, seed=7) if hidden is not None else None
+        self.trainer = Trainer(student, settings, world, {"hidden": extra} if extra else {})
         self.lines, self.validations = [], 0
-        loss = distillation_loss(student, LiveTeacher(teacher.requires_grad_(False), world), Distill(), world)
+        loss = distillation_loss(student, LiveTeacher(teacher, world, extra.teacher_states if extra else None), Distill(), world, extra)
         self.task = Task(microbatches=self.microbatches, loss=loss, validate=self.validate, report=self.lines.append)
 
     def step(self):

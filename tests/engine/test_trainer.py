@@ -25,13 +25,13 @@ def spoiled(loss, value):
         inner = loss(step, batches)
 
         def compute(number, hidden):
-            total, tokens, parts = inner(number, hidden)
+            total, tokens, parts = inner.last(number, hidden)
             if value == "loss":
                 return total * math.nan, tokens, {**parts, "loss": parts["loss"] * math.nan}
             hidden.register_hook(lambda gradient: gradient * math.inf)
             return total, tokens, parts
 
-        return compute
+        return dataclasses.replace(inner, last=compute)
 
     return for_step
 
