@@ -100,7 +100,7 @@ def check_lengths(cfg: Config, verb: str) -> None:
             raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")
         if reading.windows is not None and reading.windows < replicas:
             raise refuse(reading.amount, reading.windows, f"at least one per data-parallel replica, {replicas}, is needed")
-    if "distill" in groups:
+    if "distill" in groups and verb != "cache":
         per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
         if per_step and cfg.train.global_batch_size % per_step:
             stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
@@ -120,6 +120,8 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_layout(arch, cfg.parallel, "the model's")
     if "teacher" in groups and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
+    if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
+        raise refuse("teacher.cache.top_k", cfg.teacher.cache.top_k, f"less than the vocabulary's {arch.vocab_size} is needed")
     if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
     if "distill" in groups and cfg.distill.top_k is not None and cfg.distill.top_k >= arch.vocab_size:
@@ -189,5 +191,5 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
     long = [f"{name}={length}" for name, length in lengths.items() if length > arch.max_position_embeddings]
     if long and arch.rope_parameters["rope_type"] != "dynamic":  # the one kind that is made to go beyond
         yield f"{', '.join(long)}: longer than the {arch.max_position_embeddings} positions that the model knows (its max_position_embeddings)"
-    if "distill" in VERBS[verb].groups and cfg.train.warmup_steps >= cfg.train.steps:
+    if "distill" in VERBS[verb].groups and verb != "cache" and cfg.train.warmup_steps >= cfg.train.steps:
         yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import minitron
 from minitron import engine
@@ -17,12 +18,16 @@ from minitron.checks import check, check_model, check_teacher, check_texts, chec
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
+from minitron.distillation.cache import Description
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
 from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, own, settings_of
 from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
+
+if TYPE_CHECKING:
+    from minitron.data.corpus import TrainingSamples
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # by hand or from a scheduler: what runs is to end
 
@@ -106,6 +111,40 @@ class Session:
             return manifest
 
         return engine.on_main(self.world, make)
+
+    @functools.cached_property
+    def training_samples(self) -> TrainingSamples:
+        """What a training reads, in its order; the order is made once for all ranks."""
+        from minitron.data.corpus import TrainingSamples
+
+        train = self.cfg.train
+        return TrainingSamples(
+            self.data.blend("train"), train.seq_length, train.steps * train.global_batch_size, self.cfg.seed, self.folder / "data" / "order",
+            once=lambda make: engine.on_main(self.world, make),
+        )  # fmt: skip
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the teacher's cached predictions are made."""
+        named = self.cfg.teacher.cache.folder
+        return self.folder / "cache" if named is None else Path(named).expanduser()
+
+    def cache_description(self) -> Description:
+        """What a cache for this run's training holds."""
+        cfg, rows = self.cfg, self.data.splits["train"]
+        texts = [(self.data.parts[name].sha256["bin"], weight / sum(weight for _, weight in rows)) for name, weight in rows]
+        return Description(
+            teacher=self.teacher_source.fingerprint(),
+            data=hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
+            seed=cfg.seed,
+            vocab_size=self.teacher_source.arch.vocab_size,
+            seq_length=cfg.train.seq_length,
+            samples=cfg.train.steps * cfg.train.global_batch_size,
+            samples_per_file=cfg.teacher.cache.samples_per_file,
+            temperature=cfg.distill.temperature,
+            top_k=cfg.teacher.cache.top_k,
+            dtype=cfg.dtype,
+        )
 
     def load_source(self) -> engine.Model:
         """A fresh copy of the model to compress, this rank's shard."""

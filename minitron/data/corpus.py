@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minitron.data.indexed import GPTDataset, GPTDatasetConfig, Split, helpers, num_tokens, open_indexed, read_tokens
-from minitron.data.lengths import taken, windows_in
+from minitron.data.lengths import rows_of, taken, windows_in
 from minitron.files import atomic_path
 
 Blend = Sequence[tuple[Path, float]]  # prefixes of .bin/.idx files, each with its weight (manifest.Manifest.blend gives it)
@@ -130,8 +130,7 @@ def batches(samples: Samples, *, start: int, micro_batch_size: int, num_microbat
     width = micro_batch_size * dp_size
     steps = (len(samples) - start) // (width * num_microbatches)
     for micro_batch in range(steps * num_microbatches):
-        first = start + micro_batch * width + dp_rank * micro_batch_size
-        yield torch.stack([samples[index] for index in range(first, first + micro_batch_size)])
+        yield torch.stack([samples[index] for index in rows_of(start, micro_batch, micro_batch_size, dp_rank, dp_size)])
 
 
 def num_eval_batches(samples: Samples, micro_batch_size: int, dp_size: int) -> int:
