@@ -53,6 +53,8 @@ def check(cfg: Config, verb: str) -> None:
         raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
+    if "distill" in groups and cfg.teacher.cache.folder is not None and cfg.distill.top_k is not None:
+        raise refuse("distill.top_k", cfg.distill.top_k, "with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed")
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)

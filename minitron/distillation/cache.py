@@ -127,6 +127,10 @@ class Cache:
             return f"{path} is damaged"
         return None
 
+    def needed(self, samples: int) -> list[int]:
+        """The first samples of the files that hold the first `samples`."""
+        return [first for first in self.description.firsts() if first < samples]
+
     def foreign(self, first: int, samples: Samples) -> str | None:
         """Whether a file holds other samples than this run reads, by the hash of each one's tokens."""
         rows = range(first, min(self.description.rows(first).stop, len(samples)))
@@ -141,14 +145,13 @@ class Cache:
 
     def verify(self, samples: Samples, world: engine.World, advance: Callable[..., None] = lambda *_: None) -> None:
         """Read every file that the run needs, each on one rank, and hold it against the run's samples. Raises RequestError on every rank."""
-        needed = [first for first in self.description.firsts() if first < len(samples)]
-        failure = None
-        for first in needed[world.rank :: world.size]:
-            fault = self.fault(first)
-            failure = self.foreign(first, samples) if fault is None else f"{fault}; minitron cache makes it again"
+        needed, failure = self.needed(len(samples)), None
+        for turn in range(world.rank, len(needed), world.size):
+            fault = self.fault(needed[turn])
+            failure = self.foreign(needed[turn], samples) if fault is None else f"{fault}; minitron cache makes it again"
             if failure is not None:
                 break
-            advance(world.size)
+            advance(min(world.size, len(needed) - turn))
         engine.refuse_together(failure and str(refuse("teacher.cache.folder", self.folder, failure)), world)
 
 

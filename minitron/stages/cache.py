@@ -10,6 +10,7 @@ import torch
 from minitron import engine
 from minitron.config.schema import Config
 from minitron.distillation import cache
+from minitron.distillation.fused import Scratch
 from minitron.distillation.signal import Head, TopSignal
 from minitron.distillation.topk import top_signal
 from minitron.errors import RequestError
@@ -64,13 +65,14 @@ def make(todo: list[int], description: cache.Description, folder: Path, opened: 
 def predictions(model: engine.Model, samples: list[torch.Tensor], opened: Session) -> list[TopSignal]:
     """Of each sample, whole, on the one rank of a replica that writes; nothing elsewhere."""
     settings, world = opened.cfg, opened.world
+    scratch = Scratch()
     writes = world.is_last_stage and world.tp_rank == 0 and world.cp_rank == 0
 
     def collect(number: int, hidden_SBG: torch.Tensor) -> list[TopSignal]:
         hidden_SBG = engine.whole_sequence(hidden_SBG, world)
         head = Head(*engine.live_head(model, world))
         found = top_signal(hidden_SBG.flatten(0, 1), head, settings.teacher.cache.top_k, settings.distill.temperature, world,
-                           settings.distill.chunk_tokens)  # fmt: skip
+                           settings.distill.chunk_tokens, scratch)  # fmt: skip
         parts = (found.tokens_TK, found.log_probs_TK, found.tail_T)
         whole = [engine.whole_positions(part.unflatten(0, hidden_SBG.shape[:2]), world).cpu().unbind(1) for part in parts]
         return [TopSignal(*of_sample) for of_sample in zip(*whole, strict=True)] if writes else []
