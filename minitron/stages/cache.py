@@ -45,8 +45,8 @@ def work(opened: Session) -> None:
 
 def make(todo: list[int], description: cache.Description, folder: Path, opened: Session) -> None:
     """The files that begin with these samples: each replica makes its own, side by side."""
-    world, model, samples = opened.world, opened.teacher, opened.training_samples
-    with progress("cache", len(todo), opened.cfg.logging.progress and world.is_main) as advance:
+    world, model, samples = opened.teacher_world, opened.teacher, opened.training_samples
+    with progress("cache", len(todo), opened.cfg.logging.progress and world.is_main) as advance, model.on_device():
         for start in range(0, len(todo), world.dp):
             side_by_side = todo[start : start + world.dp]
             failure = None
@@ -64,7 +64,7 @@ def make(todo: list[int], description: cache.Description, folder: Path, opened: 
 
 def predictions(model: engine.Model, samples: list[torch.Tensor], opened: Session) -> list[TopSignal]:
     """Of each sample, whole, on the one rank of a replica that writes; nothing elsewhere."""
-    settings, world = opened.cfg, opened.world
+    settings, world = opened.cfg, opened.teacher_world
     scratch = Scratch()
     writes = world.is_last_stage and world.tp_rank == 0 and world.cp_rank == 0
 

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron.config.build import build
-from minitron.config.schema import Config
+from minitron.config.schema import Config, Parallel
 from minitron.data.corpus import batches
 from minitron.distillation.cache import MANIFEST, Cache, CachedTeacher, Description, decode, encode, finish, missing
 from minitron.distillation.signal import Head
 from minitron.distillation.topk import top_signal
 from minitron.engine.batch import Batch
-from minitron.engine.parallel import on_main
+from minitron.engine.parallel import beside, on_main
 from minitron.errors import RequestError
 from minitron.stages.cache import make
 from minitron.weights.load import load
@@ -58,14 +58,16 @@ def description(**changes):
     return dataclasses.replace(usual, **changes)
 
 
-def write(world, folder, model, micro_batch_size=2, **changes):
+def write(world, folder, model, micro_batch_size=2, layout=None, **changes):
     """Make what is missing of a cache, as the verb does; the first samples of the files that were made."""
     wanted = description(**changes)
     cfg = build(Config, {"teacher": {"cache": {"top_k": wanted.top_k}}, "distill": {"temperature": TEMPERATURE, "chunk_tokens": 5},
                          "train": {"micro_batch_size": micro_batch_size, "global_batch_size": 12}, "logging": {"progress": False}})  # fmt: skip
-    teacher = load(open_folder(model, "teacher.path"), world, torch.float32)
+    its_world = world if layout is None else beside(world, layout)
+    teacher = load(open_folder(model, "teacher.path"), its_world, torch.float32)
     todo = on_main(world, lambda: missing(folder, wanted))
-    make(todo, wanted, folder, types.SimpleNamespace(cfg=cfg, world=world, teacher=teacher, training_samples=samples_of(wanted.vocab_size)))
+    samples = samples_of(wanted.vocab_size)
+    make(todo, wanted, folder, types.SimpleNamespace(cfg=cfg, world=world, teacher_world=its_world, teacher=teacher, training_samples=samples))
     on_main(world, lambda: finish(folder, wanted))
     return todo
 
@@ -142,6 +144,13 @@ def test_every_layout_writes_the_teacher_s_top(layout, micro_batch_size, folders
                 assert np.abs(array.astype(int) - theirs[file][name].astype(int)).max() <= 2
             else:
                 assert np.array_equal(array, theirs[file][name])
+
+
+@pytest.mark.multirank
+def test_a_teacher_in_its_own_layout(folders, oracle, tmp_path, alone):
+    on_ranks(write, Layout(dp=2), tmp_path, folders[61], 2, Parallel(tp=2))
+    for number, found in enumerate(read(alone, tmp_path, 2)):
+        expect(found, of_microbatch(oracle[61], 0, number, 2, 1, 0))
 
 
 READERS = [(Layout(), 4), (Layout(dp=2), 1), (Layout(dp=2), 2), (Layout(tp=2), 4), (Layout(pp=2), 1), (Layout(dp=2, cp=2), 2)]
