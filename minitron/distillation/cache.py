@@ -6,7 +6,8 @@ reads just what it needs.
 
 Log-probabilities are kept as whole numbers of 1/2048 nat below zero, in 16 bits: they reach down to -32 nats, where a probability is 1e-14, and
 are off by at most 2^-12, a share of 0.03 % of any probability. Read back they are brought to a sum of one, which may move them by as much again.
-(fp16, in as many bits, is off by up to 2^-8 at -10 nats.) Of the K in falling order the differences are stored, which compress better.
+(fp16, in as many bits, is off by up to 2^-8 at -10 nats.) Of the K in falling order the differences are stored, low and high bytes apart, which
+compress better.
 
 Legend: S positions, W positions of the whole sequence, B microbatch, T = S x B, K tokens kept.
 """
@@ -195,7 +196,7 @@ def write(folder: Path, description: Description, first: int, tokens: Iterable[T
     for number, (tokens_W, signal) in enumerate(zip(tokens, signals, strict=True)):
         hashes.append(hash_tokens(tokens_W))
         arrays[f"tokens.{number}"] = signal.tokens_TK.numpy().astype(np.min_scalar_type(description.vocab_size - 1))
-        arrays[f"steps.{number}"] = np.diff(encode(signal.log_probs_TK.numpy()), axis=1, prepend=np.uint16(0))
+        arrays[f"steps.{number}"] = halves(np.diff(encode(signal.log_probs_TK.numpy()), axis=1, prepend=np.uint16(0)))
         arrays[f"tail.{number}"] = encode(signal.tail_T.numpy())
     arrays["hashes"] = np.array(hashes, dtype=np.uint64)
     with atomic_path(folder / description.file(first)) as temporary, open(temporary, "wb") as handle:
@@ -236,6 +237,17 @@ def hash_tokens(tokens_W: Tensor) -> int:
 def encode(log_probs: np.ndarray) -> np.ndarray:
     """Steps below zero, uint16; what is below the lowest step is put there."""
     return np.rint(np.minimum(log_probs.astype(np.float64) * -STEPS, LARGEST)).astype(np.uint16)
+
+
+def halves(values: np.ndarray) -> np.ndarray:
+    """uint16 [...] as its low bytes and its high bytes, [2, ...]: the latter are mostly zero, and compress best by themselves."""
+    return np.stack([values & 255, values >> 8]).astype(np.uint8)
+
+
+def joined(bytes_2: np.ndarray) -> np.ndarray:
+    """Inverse of `halves`."""
+    low, high = bytes_2.astype(np.uint16)
+    return low | high << 8
 
 
 def decode(steps: np.ndarray) -> np.ndarray:
@@ -283,7 +295,7 @@ class CachedTeacher:
         arrays, number = self.open[1], index % description.samples_per_file
         if hash_tokens(tokens_W) != arrays["hashes"][number]:
             raise refuse("teacher.cache.folder", self.cache.folder, f"its sample {index} is of other tokens than this run's")
-        steps_WK = np.cumsum(arrays[f"steps.{number}"], axis=1, dtype=np.uint16)
+        steps_WK = np.cumsum(joined(arrays[f"steps.{number}"]), axis=1, dtype=np.uint16)
         return arrays[f"tokens.{number}"].astype(np.int64), decode(steps_WK), decode(arrays[f"tail.{number}"])
 
     def _kept(self, tokens_BWK: Tensor, log_probs_BWK: Tensor, tail_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
