@@ -60,7 +60,7 @@ def check(cfg: Config, verb: str) -> None:
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
-    if "teacher" in groups:
+    if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
@@ -120,7 +120,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
     elif "calibrate" in groups:
         check_layout(arch, cfg.parallel, "the model's")
-    if "teacher" in groups and cfg.teacher.path is None:
+    if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
         raise refuse("teacher.cache.top_k", cfg.teacher.cache.top_k, f"less than the vocabulary's {arch.vocab_size} is needed")
@@ -130,11 +130,17 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")
 
 
-def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:
-    """A teacher must know the student's tokens, and fit the layout."""
+def loads_teacher(cfg: Config, verb: str) -> bool:
+    """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead."""
+    return "teacher" in VERBS[verb].groups and (verb != "distill" or cfg.teacher.cache.folder is None)
+
+
+def check_teacher(cfg: Config, verb: str, student: Arch, teacher: Arch) -> None:
+    """A teacher must know the student's tokens and, where it is loaded, fit the layout."""
     if teacher.vocab_size != student.vocab_size:
         raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
-    check_teacher_layout(cfg, teacher, "the teacher's")
+    if loads_teacher(cfg, verb):
+        check_teacher_layout(cfg, teacher, "the teacher's")
 
 
 def check_tokenizers(path: str, student: Path, teacher: Path) -> None:

@@ -257,7 +257,7 @@ def check_models(opened: Session) -> None:
     check_model(cfg, opened.verb, arch)
     if "teacher" in VERBS[opened.verb].groups:
         if cfg.teacher.path is not None:
-            check_teacher(cfg, arch, opened.teacher_source.arch)
+            check_teacher(cfg, opened.verb, arch, opened.teacher_source.arch)
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
         for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
             engine.pick_spec(cfg.spec, model, opened.world)
