@@ -27,7 +27,7 @@ def top_signal(hidden_TG: Tensor, head: Head, top_k: int, temperature: float, wo
     scratch.fit(min(chunk_tokens, len(hidden_TG)), head.weight_vH)
     exchange, chunks = Exchange(world, []), []
     for hidden_CG in hidden_TG.split(chunk_tokens):
-        logits_Cv = scratch.logits("teacher", hidden_CG, head, exact=True).div_(temperature)
+        logits_Cv = scratch.logits("teacher", hidden_CG, head).div_(temperature)
         tokens_CK, known_CK = largest(logits_Cv, head.first, top_k, exchange)
         # the others' mass is summed from them, not taken from 1 - the top's: that would be nothing but rounding where the top has nearly all
         shard = Shard.of(tokens_CK, head.first, logits_Cv.shape[1])
