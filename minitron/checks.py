@@ -56,6 +56,8 @@ def check(cfg: Config, verb: str) -> None:
         raise refuse("calibrate.compile", True, missing)
     if "distill" in groups and cfg.data.separate_documents and cfg.spec == "transformer_engine":
         raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")
+    if "distill" in groups and cfg.teacher.cache.folder is not None and cfg.distill.top_k is not None:
+        raise refuse("distill.top_k", cfg.distill.top_k, "with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed")
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
@@ -63,7 +65,9 @@ def check(cfg: Config, verb: str) -> None:
         locate(cfg.teacher.path, "teacher.path")
     if "distill" in groups and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
         raise refuse("distill.hidden.enabled", True, "hidden states can't be compared over layouts: null is needed for teacher.parallel.tp and pp")
-    if "teacher" in groups:
+    if "distill" in groups and cfg.distill.hidden.enabled and cfg.teacher.cache.folder is not None:
+        raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: null is needed for teacher.cache.folder")
+    if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
@@ -105,7 +109,7 @@ def check_lengths(cfg: Config, verb: str) -> None:
             raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")
         if reading.windows is not None and reading.windows < replicas:
             raise refuse(reading.amount, reading.windows, f"at least one per data-parallel replica, {replicas}, is needed")
-    if "distill" in groups:
+    if "distill" in groups and verb != "cache":
         per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
         if per_step and cfg.train.global_batch_size % per_step:
             stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
@@ -123,19 +127,27 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
     elif "calibrate" in groups:
         check_layout(arch, cfg.parallel, "the model's")
-    if "teacher" in groups and cfg.teacher.path is None:
+    if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
+    if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
+        raise refuse("teacher.cache.top_k", cfg.teacher.cache.top_k, f"less than the vocabulary's {arch.vocab_size} is needed")
     if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
     if "distill" in groups and cfg.distill.top_k is not None and cfg.distill.top_k >= arch.vocab_size:
         raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")
 
 
-def check_teacher(cfg: Config, student: Arch, teacher: Arch) -> None:
-    """A teacher must know the student's tokens, and fit the layout."""
+def loads_teacher(cfg: Config, verb: str) -> bool:
+    """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead."""
+    return "teacher" in VERBS[verb].groups and (verb != "distill" or cfg.teacher.cache.folder is None)
+
+
+def check_teacher(cfg: Config, verb: str, student: Arch, teacher: Arch) -> None:
+    """A teacher must know the student's tokens and, where it is loaded, fit the layout."""
     if teacher.vocab_size != student.vocab_size:
         raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
-    check_teacher_layout(cfg, teacher, "the teacher's")
+    if loads_teacher(cfg, verb):
+        check_teacher_layout(cfg, teacher, "the teacher's")
 
 
 def check_tokenizers(path: str, student: Path, teacher: Path) -> None:
@@ -200,5 +212,5 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
     long = [f"{name}={length}" for name, length in lengths.items() if length > arch.max_position_embeddings]
     if long and arch.rope_parameters["rope_type"] != "dynamic":  # the one kind that is made to go beyond
         yield f"{', '.join(long)}: longer than the {arch.max_position_embeddings} positions that the model knows (its max_position_embeddings)"
-    if "distill" in VERBS[verb].groups and cfg.train.warmup_steps >= cfg.train.steps:
+    if "distill" in VERBS[verb].groups and verb != "cache" and cfg.train.warmup_steps >= cfg.train.steps:
         yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import minitron
 from minitron import engine
@@ -18,6 +19,7 @@ from minitron.checks import check, check_hidden, check_model, check_teacher, che
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
+from minitron.distillation.cache import Description
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
 from minitron.pruning.target import target_arch
@@ -25,6 +27,9 @@ from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, own, set
 from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
+
+if TYPE_CHECKING:
+    from minitron.data.corpus import TrainingSamples
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # by hand or from a scheduler: what runs is to end
 
@@ -108,6 +113,43 @@ class Session:
             return manifest
 
         return engine.on_main(self.world, make)
+
+    @functools.cached_property
+    def training_samples(self) -> TrainingSamples:
+        """What a training reads, in its order; the order is made once for all ranks."""
+        from minitron.data.corpus import TrainingSamples
+
+        train = self.cfg.train
+        return TrainingSamples(
+            self.data.blend("train"), train.seq_length, train.steps * train.global_batch_size, self.cfg.seed, self.folder / "data" / "order",
+            once=lambda make: engine.on_main(self.world, make), packing=self.cfg.data.packing, separate=self.cfg.data.separate_documents,
+            prompts=self.cfg.data.prompt_key is not None,
+        )  # fmt: skip
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the teacher's cached predictions are made."""
+        named = self.cfg.teacher.cache.folder
+        return self.folder / "cache" if named is None else Path(named).expanduser()
+
+    def cache_description(self) -> Description:
+        """What a cache for this run's training holds."""
+        cfg, rows = self.cfg, self.data.splits["train"]
+        texts = [(self.data.parts[name].sha256["bin"], weight / sum(weight for _, weight in rows)) for name, weight in rows]
+        return Description(
+            teacher=self.teacher_source.fingerprint(),
+            data=hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
+            seed=cfg.seed,
+            vocab_size=self.teacher_source.arch.vocab_size,
+            seq_length=cfg.train.seq_length,
+            samples=cfg.train.steps * cfg.train.global_batch_size,
+            samples_per_file=cfg.teacher.cache.samples_per_file,
+            temperature=cfg.distill.temperature,
+            top_k=cfg.teacher.cache.top_k,
+            dtype=cfg.dtype,
+            packing=cfg.data.packing,
+            separate_documents=cfg.data.separate_documents,
+        )
 
     def load_source(self) -> engine.Model:
         """A fresh copy of the model to compress, this rank's shard."""
@@ -226,7 +268,7 @@ def check_models(opened: Session) -> None:
     check_model(cfg, opened.verb, arch)
     if "teacher" in VERBS[opened.verb].groups:
         if cfg.teacher.path is not None:
-            check_teacher(cfg, arch, opened.teacher_source.arch)
+            check_teacher(cfg, opened.verb, arch, opened.teacher_source.arch)
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
         if (student := student_arch(opened)) is not None:
             check_hidden(cfg, student, opened.teacher_source.arch)

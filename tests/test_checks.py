@@ -122,7 +122,7 @@ def test_the_model_must_fit_the_layout_where_it_is_loaded():
     taught = config({**wide, "teacher": {"path": "other"}})
     check_model(taught, "distill", ARCH)
     with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
-        check_teacher(taught, ARCH, ARCH)
+        check_teacher(taught, "distill", ARCH, ARCH)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_teacher_must_fit_its_own_layout_and_not_the_students():
         check_model(config({"teacher": {"parallel": own}}), "calibrate", ARCH)
     check_model(config({"parallel": {"tp": 5}, "teacher": {"parallel": {"tp": 4}}}), "evaluate", ARCH)
     with pytest.raises(RequestError, match=r"^teacher.parallel.tp=5: must divide the teacher's ffn_hidden_size=36$"):
-        check_teacher(config({"teacher": {"path": "other", "parallel": {"tp": 5}}}), ARCH, ARCH)
+        check_teacher(config({"teacher": {"path": "other", "parallel": {"tp": 5}}}), "distill", ARCH, ARCH)
 
 
 def test_the_teachers_layout_is_the_students_unless_it_is_another():
@@ -180,3 +180,28 @@ def test_separate_documents_are_refused_with_transformer_engine():
         RequestError, match=r"^data.separate_documents=true: Transformer Engine's attention is not told of documents; use spec=auto or"
     ):
         check(asked, "distill")
+
+
+def test_a_cached_teacher_need_not_fit_the_layout():
+    for teacher in ({"path": "other"}, {}):
+        cached = config({"parallel": {"tp": 5}, "teacher": {**teacher, "cache": {"folder": "cache"}}})
+        check_model(cached, "distill", ARCH)
+        check_teacher(cached, "distill", ARCH, ARCH)
+        for verb in ("cache", "evaluate"):
+            with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the (model|teacher)'s ffn_hidden_size=36$"):
+                check_teacher(cached, verb, ARCH, ARCH)
+
+
+def test_the_cache_and_its_reader_are_held_to_their_own():
+    with pytest.raises(RequestError, match=r"^teacher.cache.top_k=64: less than the vocabulary's 61 is needed$"):
+        check_model(config({}), "cache", ARCH)
+    check_model(config({"teacher": {"cache": {"top_k": 60}}}), "cache", ARCH)
+    check_model(config({}), "distill", ARCH)
+    assert list(remarks(config({"train": {"warmup_steps": 10}}), "cache", ARCH)) == []
+
+
+def test_the_cache_is_made_on_any_number_of_replicas(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check_lengths(config({"train": {"global_batch_size": 32}}), "cache")
+    with pytest.raises(RequestError, match=r"^train.global_batch_size=32: must be divisible"):
+        check_lengths(config({"train": {"global_batch_size": 32}}), "distill")

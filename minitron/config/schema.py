@@ -93,8 +93,18 @@ class TeacherParallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherCache:
+    folder: str | None = setting(
+        None, "distill from the teacher's predictions that minitron cache left in this folder (null: from the teacher itself; cache: run.dir/cache)"
+    )
+    top_k: int = setting(64, "most probable tokens of each distribution to keep, and to read: at most as many as were kept", least=1)
+    samples_per_file: int = setting(64, "sequences per file", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     path: str | None = setting(None, "the teacher, in the forms of model.path (null: the model that was compressed)")
+    cache: TeacherCache = dataclasses.field(default_factory=TeacherCache)
     parallel: TeacherParallel = dataclasses.field(default_factory=TeacherParallel)
     offload: bool = setting(
         False, "the teacher's weights wait in pinned host memory and are on the GPU for its passes only; changes nothing with device=cpu"

@@ -38,6 +38,11 @@ VERBS: dict[str, Verb] = {
         ("run", "model", "target", "calibrate", "parallel", *COMMON),
         ("run.dir", "model.path", AXES),
     ),
+    "cache": Verb(
+        "run the teacher once over the training samples and keep its most probable tokens, for a distill without it",
+        ("run", "model", "data", "teacher", "distill", "train", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train"),
+    ),
     "distill": Verb(
         "retrain the pruned model to match the teacher's predictions",
         ("run", "model", "data", "teacher", "distill", "train", "parallel", "logging", *COMMON),

@@ -26,7 +26,7 @@ from minitron.data.indexed import (
     open_prompts,
     read_tokens,
 )
-from minitron.data.lengths import taken, windows_in
+from minitron.data.lengths import rows_of, taken, windows_in
 from minitron.data.packing import Packing, Span, masks, pack
 from minitron.files import atomic_path
 
@@ -244,8 +244,7 @@ def batches(
     width = micro_batch_size * dp_size
     steps = (len(samples) - start) // (width * num_microbatches)
     for micro_batch in range(steps * num_microbatches):
-        first = start + micro_batch * width + dp_rank * micro_batch_size
-        yield samples.batch(range(first, first + micro_batch_size))
+        yield samples.batch(rows_of(start, micro_batch, micro_batch_size, dp_rank, dp_size))
 
 
 def num_eval_batches(samples: Samples, micro_batch_size: int, dp_size: int) -> int:

@@ -12,6 +12,13 @@ def windows_in(tokens: int, seq_length: int) -> int:
     return max(tokens - 1, 0) // seq_length
 
 
+def rows_of(start: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
+    """The samples of a data-parallel rank's micro batch, counted from the one that begins with sample `start`: over the ranks, micro batch m is the
+    m-th run of micro_batch_size * dp_size samples."""
+    first = start + (micro_batch * dp_size + dp_rank) * micro_batch_size
+    return range(first, first + micro_batch_size)
+
+
 def taken(there: Sequence[int], weights: Sequence[float], seq_length: int, limit_tokens: int | None, count: int | None, setting: str) -> list[int]:
     """How many of its windows each text of a blend gives: `count` in all, or as many as `limit_tokens` hold, by weight; else all that are `there`.
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
-from minitron.engine.attention import documents_mask, sequence_part
+from minitron.engine.attention import documents_mask, sequence_part, whole_context
 from minitron.engine.batch import Batch
 from minitron.engine.model import Chunk, Model
 from minitron.engine.parallel import World, inside
@@ -150,6 +150,11 @@ def in_passes(items: Iterable[Item], world: World, shape: Callable[[Item], Any])
 def local_part(whole_BS: Tensor, world: World) -> Tensor:
     """The positions of each sequence that this rank's last hidden states belong to."""
     return sequence_part(whole_BS, 1, world.cp, world.cp_rank)
+
+
+def whole_positions(part_SB: Tensor, world: World) -> Tensor:
+    """Inverse of `local_part` for what lies sequence first: every context rank's positions, in order, on each of them."""
+    return part_SB if world.cp == 1 else whole_context(part_SB, world.groups.cp)
 
 
 def whole_sequence(hidden_SBH: Tensor, world: World) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron import engine
 from minitron.config.schema import Config
+from minitron.distillation.cache import Cache, CachedTeacher
 from minitron.distillation.hidden import HiddenLoss
 from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, Teacher
 from minitron.distillation.step import distillation_loss
@@ -33,23 +34,19 @@ def work(opened: Session) -> None:
     """Writes run.dir/checkpoints and metrics.jsonl; continues from the newest checkpoint."""
     opened.mark("distill", done=False)
     cfg, world = opened.cfg, opened.world
-    data = opened.data  # before the models: a text that is too short is refused first
+    opened.data  # noqa: B018 -- before the models: a text that is too short is refused first
+    samples = opened.training_samples
+    cached = None if cfg.teacher.cache.folder is None else cached_teacher(opened)
     student = opened.load_pruned()
     opened.check_descent()
     hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
-    loss = distillation_loss(student, teacher_of(opened, hidden.teacher_states if hidden else None), cfg.distill, world, hidden)
+    teacher = cached or teacher_of(opened, hidden.teacher_states if hidden else None)
+    loss = distillation_loss(student, teacher, cfg.distill, world, hidden)
     trainer = engine.Trainer(student, cfg.train, world, {"hidden": hidden} if hidden else {})
     opened.checkpoints.resume(trainer)
     if world.is_main and trainer.step:
         todo = "nothing is left to do" if trainer.step == cfg.train.steps else "goes on from there"
         say(f"{trainer.step:,} of {cfg.train.steps:,} steps were done before: {todo}")
-    from minitron.data.corpus import TrainingSamples
-
-    samples = TrainingSamples(
-        data.blend("train"), cfg.train.seq_length, cfg.train.steps * cfg.train.global_batch_size, cfg.seed, opened.folder / "data" / "order",
-        once=lambda make: engine.on_main(world, make), packing=cfg.data.packing, separate=cfg.data.separate_documents,
-        prompts=cfg.data.prompt_key is not None,
-    )  # fmt: skip
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
         task = engine.Task(
             microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, student), report=report
@@ -62,11 +59,30 @@ def work(opened: Session) -> None:
 
 
 def teacher_of(opened: Session, watch: engine.Watch | None) -> Teacher:
-    """The teacher as the student asks it: in the student's layout, where `watch` may follow its passes, or in one of its own."""
+    """The live teacher as the student asks it: in the student's layout, where `watch` may follow its passes, or in one of its own."""
     model, its_world = opened.teacher, opened.teacher_world
     if its_world is opened.world:
         return LiveTeacher(model, opened.world, watch)
     return ForeignTeacher(model, its_world, Head(*load_head(opened.teacher_source, opened.world, opened.dtype)), opened.world)
+
+
+def cached_teacher(opened: Session) -> CachedTeacher:
+    """A cache in the teacher's place: all of it is read once and held against this run. Raises RequestError where it does not fit."""
+    cfg, world, wanted = opened.cfg, opened.world, opened.cache_description()
+
+    def look() -> Cache:
+        cache = Cache.load(opened.cache_folder)
+        cache.check(wanted)
+        return cache
+
+    cache = engine.on_main(world, look)
+    with progress("check the cache", len(cache.needed(wanted.samples)), cfg.logging.progress and world.is_main) as advance:
+        cache.verify(opened.training_samples, world, advance)
+    if world.is_main:
+        held = cache.description.top_k
+        kept = f"{cfg.teacher.cache.top_k} of the {held}" if cfg.teacher.cache.top_k < held else f"the {held}"
+        say(f"no teacher is loaded: {kept} most probable tokens are read from {cache.folder}")
+    return CachedTeacher(cache, cfg.teacher.cache.top_k, world)
 
 
 def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, step: int) -> list[engine.Batch]:

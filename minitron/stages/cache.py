@@ -1,0 +1,87 @@
+"""`minitron cache`: run the teacher once over the training samples and keep its most probable tokens, for trainings without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minitron import engine
+from minitron.config.schema import Config
+from minitron.distillation import cache
+from minitron.distillation.fused import Scratch
+from minitron.distillation.signal import Head, TopSignal
+from minitron.distillation.topk import top_signal
+from minitron.errors import RequestError
+from minitron.reporting.console import progress, say
+from minitron.reporting.wording import counted, decimal, size
+from minitron.session import Session, session
+
+
+def run(cfg: Config) -> None:
+    """Open the run and cache."""
+    with session(cfg, "cache") as opened:
+        work(opened)
+
+
+def work(opened: Session) -> None:
+    """Writes teacher.cache.folder, by default run.dir/cache; files that are there are not made again."""
+    cfg, world = opened.cfg, opened.world
+    opened.data  # noqa: B018 -- before the model: a text that is too short is refused first
+    folder, description = opened.cache_folder, opened.cache_description()
+    todo = engine.on_main(world, lambda: cache.missing(folder, description))
+    files = len(description.firsts())
+    if world.is_main and len(todo) < files:
+        say(f"{files - len(todo):,} of {counted(files, 'file')} were made before" + ("" if todo else ": nothing is left to do"))
+    if todo:
+        make(todo, description, folder, opened)
+    made = engine.on_main(world, lambda: cache.finish(folder, description) if todo else cache.Cache.load(folder))
+    if world.is_main:
+        tokens = description.samples * description.seq_length
+        per_token = f"{size(made.bytes)}B, {decimal(made.bytes / tokens, 1)} bytes per token"
+        say(f"{folder}: the {cfg.teacher.cache.top_k} most probable tokens at each of {size(tokens)} tokens, {per_token}")
+
+
+def make(todo: list[int], description: cache.Description, folder: Path, opened: Session) -> None:
+    """The files that begin with these samples: each replica makes its own, side by side."""
+    world, model, samples = opened.teacher_world, opened.teacher, opened.training_samples
+    with progress("cache", len(todo), opened.cfg.logging.progress and world.is_main) as advance, model.on_device():
+        for start in range(0, len(todo), world.dp):
+            side_by_side = todo[start : start + world.dp]
+            failure = None
+            for first in side_by_side[world.dp_rank : world.dp_rank + 1]:
+                tokens = [samples[number] for number in description.rows(first)]
+                signals = predictions(model, description.rows(first), opened)
+                try:
+                    if signals:
+                        cache.write(folder, description, first, tokens, signals)
+                except RequestError as error:
+                    failure = str(error)
+            engine.refuse_together(failure, world)
+            advance(len(side_by_side))
+
+
+def predictions(model: engine.Model, numbers: Sequence[int], opened: Session) -> list[TopSignal]:
+    """Of each sample, whole, on the one rank of a replica that writes; nothing elsewhere."""
+    settings, world = opened.cfg, opened.teacher_world
+    scratch = Scratch()
+    writes = world.is_last_stage and world.tp_rank == 0 and world.cp_rank == 0
+
+    def collect(number: int, hidden_SBG: torch.Tensor) -> list[TopSignal]:
+        hidden_SBG = engine.whole_sequence(hidden_SBG, world)
+        head = Head(*engine.live_head(model, world))
+        found = top_signal(hidden_SBG.flatten(0, 1), head, settings.teacher.cache.top_k, settings.distill.temperature, world,
+                           settings.distill.chunk_tokens, scratch)  # fmt: skip
+        parts = (found.tokens_TK, found.log_probs_TK, found.tail_T)
+        whole = [engine.whole_positions(part.unflatten(0, hidden_SBG.shape[:2]), world).cpu().unbind(1) for part in parts]
+        return [TopSignal(*of_sample) for of_sample in zip(*whole, strict=True)] if writes else []
+
+    size = settings.train.micro_batch_size
+    microbatches = (opened.training_samples.batch(numbers[start : start + size]) for start in range(0, len(numbers), size))
+    signals: list[TopSignal] = []
+    for group in engine.in_passes(microbatches, world, lambda batch: batch.inputs_BS.shape):
+        documents = [batch.documents_BS for batch in group]
+        for found in engine.forward_only(model, [batch.inputs_BS for batch in group], world, collect, documents_BS=documents):
+            signals += found
+    return signals

@@ -1,0 +1,82 @@
+"""`minitron cache`, and a distillation that reads what it left, on a real model."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.stages.commands import minitron, running, wait_until
+
+KEPT = 511  # of 512 tokens: what is read differs from the live teacher by its rounding alone
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A run that is pruned and not trained yet."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl", "hf", "eval.json"))
+
+
+def losses(run):
+    with open(run / "metrics.jsonl", encoding="utf-8") as handle:
+        return [json.loads(line)["loss"] for line in handle]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+
+def test_a_distillation_from_the_cache_of_a_killed_command(run, finished, settings, tmp_path):
+    """Killed and started again, the verb leaves what an undisturbed one does; a student that reads it learns what the live teacher's does."""
+    command = ["cache", f"run.dir={run}", *settings, f"teacher.cache.top_k={KEPT}", "teacher.cache.samples_per_file=4"]
+    folder = run / "cache"
+    with running(tmp_path / "log", *command) as ranks:
+        wait_until(lambda: any(folder.glob("*.npz")), ranks)
+    early = files(folder)
+    assert "manifest.json" not in early
+
+    done = minitron(tmp_path / "log", *command)
+    assert (done.code, done.err) == (0, "")
+    before = sum(name.endswith(".npz") and not name.startswith(".") for name in early)
+    assert 0 < before < 32
+    assert f"  {before} of 32 files were made before\n" in done.out
+    size = sum(map(len, (content for name, content in files(folder).items() if name.endswith(".npz"))))
+    assert done.out.endswith(
+        f"  {folder}: the 511 most probable tokens at each of 8.2 K tokens, {size / 1e6:.1f} MB, {size / 8192:,.1f} bytes per token\n"
+    )
+
+    again = minitron(tmp_path / "log", *command)
+    assert "  32 of 32 files were made before: nothing is left to do\n" in again.out
+    undisturbed = minitron(tmp_path / "log", *command, f"teacher.cache.folder={tmp_path / 'other'}")
+    assert (undisturbed.code, undisturbed.err) == (0, "")
+    assert files(tmp_path / "other") == files(folder)
+
+    reading = [*settings, f"teacher.cache.top_k={KEPT}", f"teacher.cache.folder={folder}"]
+    done = minitron(tmp_path / "log", "distill", f"run.dir={run}", *reading)
+    assert (done.code, done.err) == (0, "")
+    assert f"  no teacher is loaded: the 511 most probable tokens are read from {folder}\n" in done.out
+    assert losses(run) == pytest.approx(losses(finished), rel=2e-3)
+
+
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(run, settings, tmp_path):
+    folder = tmp_path / "cache"
+    reading = [*settings, f"run.dir={run}", f"teacher.cache.folder={folder}", "teacher.cache.top_k=8"]
+    assert minitron(tmp_path / "log", "cache", *reading).code == 0
+    (run / "pruned" / "arch.json").unlink()  # whatever loads it fails
+    file = folder / "samples_0000000064.npz"
+    for change, said in {
+        "distill.temperature=2.0": f"teacher.cache.folder={folder}: made with another distill.temperature: 1.0, and this run's is 2.0",
+        "teacher.cache.top_k=9": f"teacher.cache.top_k=9: the cache in {folder} holds 8: no more can be read",
+        "train.steps=17": f"teacher.cache.folder={folder}: it holds 128 samples, and train.steps x train.global_batch_size = 136 are needed",
+        "teacher.cache.folder=/no/such": "teacher.cache.folder=/no/such: no finished cache is there; minitron cache makes one, "
+        "and finishes one that it began",
+        "distill.top_k=4": "distill.top_k=4: with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed",
+        "device=cpu": f"teacher.cache.folder={folder}: {file} is missing; minitron cache makes it again",
+    }.items():
+        file.unlink(missing_ok=True)  # seen last, after all that the manifest says
+        refused = minitron(tmp_path / "log", "distill", *reading, change)
+        assert (refused.code, refused.err) == (2, f"minitron: {said}\n"), change
+
+
+def test_no_more_than_the_vocabulary(run, settings, tmp_path):
+    refused = minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, "teacher.cache.top_k=512")
+    assert (refused.code, refused.err) == (2, "minitron: teacher.cache.top_k=512: less than the vocabulary's 512 is needed\n")
