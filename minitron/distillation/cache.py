@@ -55,8 +55,8 @@ class Description:
     temperature: float
     top_k: int
     dtype: str
-    packing: str  # data.packing
-    separate_documents: bool  # data.separate_documents
+    packing: str
+    separate_documents: bool
     format: int = FORMAT
 
     def key(self) -> str:

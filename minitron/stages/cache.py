@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,18 +50,18 @@ def make(todo: list[int], description: cache.Description, folder: Path, opened: 
             side_by_side = todo[start : start + world.dp]
             failure = None
             for first in side_by_side[world.dp_rank : world.dp_rank + 1]:
-                tokens = [samples[number] for number in description.rows(first)]
-                signals = predictions(model, description.rows(first), opened)
+                rows = description.rows(first)
+                signals = predictions(model, rows, opened)
                 try:
                     if signals:
-                        cache.write(folder, description, first, tokens, signals)
+                        cache.write(folder, description, first, map(samples.__getitem__, rows), signals)
                 except RequestError as error:
                     failure = str(error)
             engine.refuse_together(failure, world)
             advance(len(side_by_side))
 
 
-def predictions(model: engine.Model, numbers: Sequence[int], opened: Session) -> list[TopSignal]:
+def predictions(model: engine.Model, rows: range, opened: Session) -> list[TopSignal]:
     """Of each sample, whole, on the one rank of a replica that writes; nothing elsewhere."""
     settings, world = opened.cfg, opened.teacher_world
     scratch = Scratch()
@@ -78,10 +77,10 @@ def predictions(model: engine.Model, numbers: Sequence[int], opened: Session) ->
         return [TopSignal(*of_sample) for of_sample in zip(*whole, strict=True)] if writes else []
 
     size = settings.train.micro_batch_size
-    microbatches = (opened.training_samples.batch(numbers[start : start + size]) for start in range(0, len(numbers), size))
+    batches = (opened.training_samples.batch(rows[start : start + size]) for start in range(0, len(rows), size))
     signals: list[TopSignal] = []
-    for group in engine.in_passes(microbatches, world, lambda batch: batch.inputs_BS.shape):
-        documents = [batch.documents_BS for batch in group]
-        for found in engine.forward_only(model, [batch.inputs_BS for batch in group], world, collect, documents_BS=documents):
+    for group in engine.in_passes(batches, world, lambda batch: batch.tokens_BT.shape):
+        inputs_BS, documents_BS = [batch.inputs_BS for batch in group], [batch.documents_BS for batch in group]
+        for found in engine.forward_only(model, inputs_BS, world, collect, documents_BS=documents_BS):
             signals += found
     return signals

@@ -53,12 +53,32 @@ def samples_of(vocab_size=61):
     return tokens_of(vocab_size, SAMPLES, LENGTH + 1)
 
 
+@dataclasses.dataclass
+class Ordered:
+    """Samples as a training reads them; with `second`, each is two documents, of which the second begins there."""
+
+    tokens: torch.Tensor
+    second: int | None = None
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return self.tokens[index]
+
+    def batch(self, numbers):
+        tokens_BT = self.tokens[list(numbers)]
+        if self.second is None:
+            return Batch(tokens_BT)
+        return Batch(tokens_BT, None, (torch.arange(LENGTH) >= self.second).long().expand(len(tokens_BT), -1))
+
+
 def description(**changes):
-    usual = Description("model", "text", 1, 61, LENGTH, SAMPLES, PER_FILE, TEMPERATURE, TOP, "fp32")
+    usual = Description("model", "text", 1, 61, LENGTH, SAMPLES, PER_FILE, TEMPERATURE, TOP, "fp32", "stream", False)
     return dataclasses.replace(usual, **changes)
 
 
-def write(world, folder, model, micro_batch_size=2, layout=None, **changes):
+def write(world, folder, model, micro_batch_size=2, layout=None, second=None, **changes):
     """Make what is missing of a cache, as the verb does; the first samples of the files that were made."""
     wanted = description(**changes)
     cfg = build(Config, {"teacher": {"cache": {"top_k": wanted.top_k}}, "distill": {"temperature": TEMPERATURE, "chunk_tokens": 5},
@@ -66,7 +86,7 @@ def write(world, folder, model, micro_batch_size=2, layout=None, **changes):
     its_world = world if layout is None else beside(world, layout)
     teacher = load(open_folder(model, "teacher.path"), its_world, torch.float32)
     todo = on_main(world, lambda: missing(folder, wanted))
-    samples = samples_of(wanted.vocab_size)
+    samples = Ordered(samples_of(wanted.vocab_size), second)
     make(todo, wanted, folder, types.SimpleNamespace(cfg=cfg, world=world, teacher_world=its_world, teacher=teacher, training_samples=samples))
     on_main(world, lambda: finish(folder, wanted))
     return todo
@@ -79,11 +99,11 @@ def write_wide(world, folder, model):
 def read(world, folder, micro_batch_size, step=0, top_k=TOP):
     """A step's signals, those of each microbatch; (tokens, log-probabilities, tails)."""
     cache = Cache.load(folder)
-    samples = samples_of(cache.description.vocab_size)
+    samples = Ordered(samples_of(cache.description.vocab_size))
     cache.verify(samples, world)
     count = BATCH // (micro_batch_size * world.dp)
     stream = batches(samples, start=step * BATCH, micro_batch_size=micro_batch_size, num_microbatches=count, dp_rank=world.dp_rank, dp_size=world.dp)
-    signals = CachedTeacher(cache, top_k, world).signals(step, [Batch(next(stream)) for _ in range(count)])
+    signals = CachedTeacher(cache, top_k, world).signals(step, [next(stream) for _ in range(count)])
     return [dataclasses.astuple(signal) for signal in signals]
 
 
@@ -152,6 +172,21 @@ def test_a_teacher_in_its_own_layout(folders, oracle, tmp_path, alone):
     on_ranks(write, Layout(dp=2), tmp_path, folders[61], 2, Parallel(tp=2))
     for number, found in enumerate(read(alone, tmp_path, 2)):
         expect(found, of_microbatch(oracle[61], 0, number, 2, 1, 0))
+
+
+SECOND_DOCUMENT = 5
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, cp=2)], ids=str)
+def test_documents_that_do_not_see_each_other(layout, folders, tmp_path, alone):
+    on_ranks(write, layout, tmp_path, folders[61], 2, None, SECOND_DOCUMENT)
+    model, inputs = AutoModelForCausalLM.from_pretrained(folders[61], dtype=torch.float64).eval(), samples_of()[:, :-1]
+    with torch.no_grad():
+        documents = [model(part).logits for part in (inputs[:, :SECOND_DOCUMENT], inputs[:, SECOND_DOCUMENT:])]
+    log_probs = (torch.cat(documents, 1) / TEMPERATURE).log_softmax(-1)
+    (found,) = read(alone, tmp_path, 4)
+    expect(found, of_microbatch(log_probs, 0, 0, 4, 1, 0))
 
 
 READERS = [(Layout(), 4), (Layout(dp=2), 1), (Layout(dp=2), 2), (Layout(tp=2), 4), (Layout(pp=2), 1), (Layout(dp=2, cp=2), 2)]
@@ -282,6 +317,7 @@ def test_a_finished_cache_of_something_else_is_kept(copy):
         ({"seed": 2}, "teacher.cache.folder={}: made with another seed: 1, and this run's is 2"),
         ({"seq_length": 24}, "teacher.cache.folder={}: made with another train.seq_length: 12, and this run's is 24"),
         ({"temperature": 1.0}, "teacher.cache.folder={}: made with another distill.temperature: 1.5, and this run's is 1.0"),
+        ({"separate_documents": True}, "teacher.cache.folder={}: made with another data.separate_documents: false, and this run's is true"),
         ({"top_k": 8}, "teacher.cache.top_k=8: the cache in {} holds 7: no more can be read"),
         ({"samples": 12}, "teacher.cache.folder={}: it holds 10 samples, and train.steps x train.global_batch_size = 12 are needed"),
     ],
