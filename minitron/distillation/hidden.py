@@ -147,13 +147,9 @@ class Projection:
             [self.weight_GH], lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
 
-    def update(self, scale: float, tokens: Tensor, lr: float) -> float:
-        """A step of the mean over the global batch times `scale`; `tokens` are counted on one stage. Returns the norm before clipping.
-
-        A gradient that is not finite changes nothing.
-        """
-        gradient_GH, count = engine.sum_over_tokens([self.gradient_GH, tokens.to(self.gradient_GH)], self.world)
-        self.weight_GH.grad = gradient_GH * (scale / count.clamp_min(1.0))
+    def update(self, scale: float, lr: float) -> float:
+        """A step by the sum over the global batch times `scale`; returns the gradient's norm before clipping. One not finite changes nothing."""
+        self.weight_GH.grad = engine.sum_over_tokens([self.gradient_GH], self.world)[0] * scale
         norm = torch.nn.utils.clip_grad_norm_([self.weight_GH], self.settings.clip_grad or math.inf).item()
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
@@ -245,10 +241,9 @@ class HiddenLoss:
         if line["skipped"]:
             return figures
         if self.projection is not None:
-            mine = torch.stack([mask_SB.sum() for mask_SB in self.masks_SB]).sum() * self.world.is_first_stage
-            figures["projection_grad_norm"] = self.projection.update(self.alpha, mine, line["lr"])
-        if self.settings.alpha == "dynamic":
-            self.alpha = line["kd_loss"] / line["hidden_loss"] if line["hidden_loss"] > 0 else 0.0
+            figures["projection_grad_norm"] = self.projection.update(self.alpha / max(line["counted_tokens"], 1), line["lr"])
+        if self.settings.alpha == "dynamic" and line["hidden_loss"] > 0:  # where nothing counted it stays
+            self.alpha = line["kd_loss"] / line["hidden_loss"]
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Legend: B microbatch, S sequence, H hidden.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -139,7 +140,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scheduler.step(1)
         logs = forward_backward(self.wrapped, batches, self.world, loss.last, loss.watch)
-        parts = global_means(logs, loss.sums(), self.world)
+        parts = global_means(logs, self.world, loss.sums())
         lr = self.optimizer.param_groups[0]["lr"]
         # every rank sees the same sums and the same norm, so every rank skips; a bf16 optimizer would not notice by itself
         grad_norm = self._grad_norm() if all(math.isfinite(value) for value in parts.values()) else math.nan
@@ -177,7 +178,7 @@ def use_fused_adam(optimizer: Any) -> None:
             group.update(fused=True, foreach=False)
 
 
-def global_means(logs: list[dict[str, Tensor]], watched: dict[str, Tensor], world: World) -> dict[str, float]:
+def global_means(logs: list[dict[str, Tensor]], world: World, watched: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, float]:
     """Sums per microbatch, with their count under "tokens", to means over the global batch and their count, on every rank.
 
     `logs` are the last stage's. `watched` are sums made on any stage; a sum of a name that `logs` have is added to it. A batch in which

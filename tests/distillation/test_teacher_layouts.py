@@ -18,7 +18,7 @@ from minitron.engine.exchange import Relay, share_of
 from minitron.engine.parallel import beside, inside
 from minitron.engine.schedule import whole_sequence
 from minitron.engine.scoring import language_model_score
-from minitron.engine.trainer import Trainer
+from minitron.engine.trainer import StepLoss, Trainer
 from minitron.weights.load import load, load_head
 from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
@@ -126,7 +126,7 @@ def plain_loss(world):
         tokens = torch.tensor(hidden_SBH.shape[:2].numel(), dtype=torch.int)
         return total, tokens, {"loss": total.detach(), "tokens": tokens}
 
-    return loss
+    return StepLoss(loss)
 
 
 def sent(world, folders, tp, pp):

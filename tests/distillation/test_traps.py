@@ -138,7 +138,7 @@ def padded(world, folder, teacher_folder, tokens):
             signal, rest = source.signals(0, batches)[0], (torch.ones(tokens[:, 1:].numel(), dtype=torch.bool), world, FLAT)
             whole = WholeSignal(signal.hidden_TG, Head(teacher.head_weight(), signal.head.first))
             wrong = linear_distillation(hidden_SBH.flatten(0, 1), Head(student.head_weight(), signal.head.first), whole, *rest)
-            return wrong.total.item(), distillation_loss(student, source, FLAT, world)(0, batches)(number, hidden_SBH)[0].item()
+            return wrong.total.item(), distillation_loss(student, source, FLAT, world)(0, batches).last(number, hidden_SBH)[0].item()
 
         found += forward_only(student, [batches[0].inputs_BS], world, both)
     return found
