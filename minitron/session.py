@@ -135,7 +135,8 @@ class Session:
     def cache_description(self) -> Description:
         """What a cache for this run's training holds."""
         cfg, rows = self.cfg, self.data.splits["train"]
-        texts = [(self.data.parts[name].sha256["bin"], weight / sum(weight for _, weight in rows)) for name, weight in rows]
+        hashes = [[self.data.parts[name].sha256[ending] for ending in ("bin", "idx")] for name, _ in rows]
+        texts = [hashes, [weight / sum(weight for _, weight in rows) for _, weight in rows]]
         return Description(
             teacher=self.teacher_source.fingerprint(),
             data=hashlib.sha256(repr(texts).encode()).hexdigest()[:16],

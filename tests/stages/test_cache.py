@@ -70,6 +70,8 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(run, settings, tm
         "teacher.cache.folder=/no/such": "teacher.cache.folder=/no/such: no finished cache is there; minitron cache makes one, "
         "and finishes one that it began",
         "distill.top_k=4": "distill.top_k=4: with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed",
+        "distill.hidden.enabled=true": "distill.hidden.enabled=true: a cache holds no hidden states: null is needed for teacher.cache.folder",
+        "data.separate_documents=true": f"teacher.cache.folder={folder}: made with another data.separate_documents: false, and this run's is true",
         "device=cpu": f"teacher.cache.folder={folder}: {file} is missing; minitron cache makes it again",
     }.items():
         file.unlink(missing_ok=True)  # seen last, after all that the manifest says
