@@ -1,6 +1,7 @@
 """The fused loss beside nvidia-modelopt's on whole logits, where that is installed."""
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from minitron.engine.parallel import sum_over_tensor_ranks
 from tests.multirank.ranks import Layout, on_ranks
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 24, 64
+CASES = (("forward_kl", 1.0), ("reverse_kl", 1.0), ("forward_kl", 2.5))
 PLUGIN = "modelopt.torch.distill.plugins.megatron"
 
 
@@ -21,32 +23,45 @@ def inputs():
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def both(world):
-    """{(kind, temperature): for modelopt and for ours, (loss, gradient to the hidden states, to this rank's part of the head)}."""
+def theirs(hidden, weight, teacher, teacher_weight, kind, temperature, world):
+    """(this rank's part of their loss, the whole of it): it is not multiplied by the temperature squared, and is for the caller to add up."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    loss_of = importlib.import_module(PLUGIN).LogitsKLLoss
     config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=world.tp)
+    loss = importlib.import_module(PLUGIN).LogitsKLLoss(config, temperature=temperature, reverse=kind == "reverse_kl")
+    per_token, add_up, _ = loss(hidden @ weight.t(), teacher @ teacher_weight.t())
+    assert add_up
+    part = per_token.sum() * temperature**2
+    return part, sum_over_tensor_ranks(part.detach(), world)
+
+
+def ours(hidden, weight, teacher, teacher_weight, kind, temperature, world):
+    """As `theirs`; each rank has the whole, and its gradients are of its part."""
+    first, mask = world.tp_rank * len(weight), torch.ones(SEQUENCE * BATCH, dtype=torch.bool)
+    signal, settings = WholeSignal(teacher.flatten(0, 1), Head(teacher_weight, first)), Distill(kind, temperature=temperature)
+    total = linear_distillation(hidden.flatten(0, 1), Head(weight, first), signal, mask, world, settings).total
+    return total, total.detach()
+
+
+def battery(world):
+    """For every case and side: (loss, gradient to the hidden states, to this rank's part of the head)."""
     student, head, teacher, teacher_head = inputs()
     rows = slice(world.tp_rank * VOCAB // world.tp, (world.tp_rank + 1) * VOCAB // world.tp)
-    found = {}
-    for kind, temperature in (("forward_kl", 1.0), ("reverse_kl", 1.0), ("forward_kl", 2.5)):
-        results = []
-        for side in ("modelopt", "ours"):
+    found = []
+    for case in CASES:
+        for side in (theirs, ours):
             hidden, weight = student.clone().requires_grad_(), head[rows].clone().requires_grad_()
-            if side == "modelopt":
-                made = loss_of(config, temperature=temperature, reverse=kind == "reverse_kl")(hidden @ weight.t(), teacher @ teacher_head[rows].t())
-                per_token = made[0] if isinstance(made, tuple) else made
-                total = per_token.sum()
-                # every rank says its shard's part, unless they were added up for all
-                total = sum_over_tensor_ranks(total, world) if isinstance(made, tuple) and made[1] else total
-            else:
-                signal, first = WholeSignal(teacher.flatten(0, 1), Head(teacher_head[rows], rows.start)), rows.start
-                mask = torch.ones(SEQUENCE * BATCH, dtype=torch.bool)
-                total = linear_distillation(
-                    hidden.flatten(0, 1), Head(weight, first), signal, mask, world, Distill(kind, temperature=temperature)
-                ).total
-            total.backward()
-            results.append((total.detach(), sum_over_tensor_ranks(hidden.grad, world), weight.grad))
-        found[kind, temperature] = results
-    return found
+            part, whole = side(hidden, weight, teacher, teacher_head[rows], *case, world)
+            part.backward()
+            found.append((whole, sum_over_tensor_ranks(hidden.grad, world), weight.grad))
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+@pytest.mark.multirank
+@pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=4)], ids=str)
+def test_losses_and_gradients_are_modelopts(layout):
+    for rank in on_ranks(battery, layout):
+        for case, (right, found) in zip(CASES, rank, strict=True):
+            for mine, other in zip(found, right, strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=lambda said, case=case: f"{case}: {said}")
