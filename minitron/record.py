@@ -26,8 +26,8 @@ ARTIFACTS = {
 }  # fmt: skip
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
-FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "train.save_interval",
-              "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
+FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
+              "train.save_interval", "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
               "teacher.cache.samples_per_file")  # fmt: skip
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")

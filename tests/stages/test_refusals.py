@@ -100,6 +100,7 @@ def test_models_that_cannot_be_read(refused, copy, tmp_path, spoil, said):
         ("eval.tokens=32", "eval.tokens=32: less than one window of train.seq_length=64 tokens"),
         ("eval.seq_length=8192", "eval.tokens=4096: less than one window of eval.seq_length=8192 tokens"),
         ("train.eval_tokens=32", "train.eval_tokens=32: less than one window of train.seq_length=64 tokens"),
+        ("distill.top_k=512", "distill.top_k=512: fewer than the model's 512 tokens are needed, or null for all"),
         ("teacher.parallel.tp=2", "teacher.parallel.tp=2: the teacher's tp x pp x parallel.cp = 2 must divide the number of processes, 1"),
         ("device=cuda", "device=cuda: no GPU is visible to torch; use auto or cpu"),
     ],
