@@ -3,8 +3,8 @@
 Neither model's [tokens, vocabulary] logits ever exist: a chunk's logits are made, turned into their part of the loss and of
 the gradients, and dropped. What happens to a chunk's rows is in `rows.py`.
 
-Legend: T tokens, C tokens of one chunk, v live vocabulary rows of this rank, H and G hidden sizes of student and teacher, K tokens of a
-signal that knows just the largest.
+Legend: T tokens, C tokens of one chunk, R some of them, v live vocabulary rows of this rank, H and G hidden sizes of student and teacher,
+K tokens of a signal that knows just the largest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from minitron import engine
 from minitron.config.schema import Distill
-from minitron.distillation.rows import WHOLE, Buffers, Exchange, Gradient, Shard, bucketed, exponentials, largest
+from minitron.distillation.rows import WHOLE, Buffers, Exchange, Gradient, Labels, Shard, bucketed, largest
 from minitron.distillation.signal import Head, Signal, TopSignal
 
 Tensor = torch.Tensor
@@ -44,11 +44,12 @@ class Scratch:
         if self.fitted != like:
             self.fitted, self.made = like, {}
 
-    def rows(self, name: str, count: int) -> Tensor:
-        """[count, v] of the buffer of this name: fp32, or the head's type for "product"."""
+    def rows(self, name: str, count: int | None = None) -> Tensor:
+        """[count, v] of the buffer of this name: fp32, or the head's type for "product"; all of the chunk, or an eighth for "spare"."""
         chunk, shape, dtype, device = self.fitted
         if name not in self.made:
-            self.made[name] = torch.empty(chunk, shape[0], dtype=dtype if name == "product" else torch.float32, device=device)
+            size = -(-chunk // 8) if name == "spare" else chunk
+            self.made[name] = torch.empty(size, shape[0], dtype=dtype if name == "product" else torch.float32, device=device)
         return self.made[name][:count]
 
     def head(self) -> Tensor:
@@ -108,36 +109,28 @@ class Work:
     def _chunk(self, student_CH: Tensor, here: slice) -> tuple[Tensor, Tensor, Gradient]:
         """(divergence per token, cross-entropy per token, what makes the gradient to the unscaled logits from a factor per token)."""
         settings, head, temperature = self.settings, self.head, self.settings.temperature
-        student_Cv = self.scratch.logits("student", student_CH, head)
-        spare_Cv = self.scratch.rows("spare", len(student_CH))
-        kept_Cv = (
-            self.scratch.rows("kept", len(student_CH)).copy_(student_Cv) if settings.cross_entropy > 0 or head.softcap is not None else student_Cv
-        )
-        riders, label = [], None
+        student_Cv, spare_Rv, kept_Cv = self.scratch.logits("student", student_CH, head), self.scratch.rows("spare"), None
+        if settings.cross_entropy > 0 or head.softcap is not None:
+            kept_Cv = self.scratch.rows("kept", len(student_CH)).copy_(student_Cv)
+        labels = None
         if settings.cross_entropy > 0:
-            assert self.labels_T is not None, "cross-entropy needs labels"
-            label = Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1])
-            riders = [exponentials(kept_Cv, spare_Cv)[1], label.read(kept_Cv)[:, 0]]
-        exchange = Exchange(self.world, riders)
-        kd_C, kd_gradient = self._divergence(student_Cv, spare_Cv, here, exchange)
-        ce_C = torch.zeros_like(kd_C)
-        if settings.cross_entropy > 0:
-            lse_C = torch.logsumexp(exchange.ridden_rEC[:, 0], dim=0)
-            ce_C = lse_C - exchange.ridden_rEC[:, 1].sum(dim=0)
+            assert kept_Cv is not None and self.labels_T is not None, "cross-entropy needs labels"
+            labels = Labels(kept_Cv, Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1]), spare_Rv)
+        exchange = Exchange(self.world, labels.local() if labels else [])
+        kd_C, kd_gradient = self._divergence(student_Cv, spare_Rv, here, exchange)
+        ce_C = labels.losses(exchange.ridden_rEC) if labels else torch.zeros_like(kd_C)
 
         def gradient(factor_C: Tensor) -> Tensor:
             grad_Cv = kd_gradient(factor_C * temperature * head.scale)  # of logits / T, and of a loss times T squared
-            if label is not None:
-                weight_C = factor_C * settings.cross_entropy * head.scale
-                p_Cv = torch.sub(kept_Cv, lse_C.float()[:, None], out=spare_Cv).exp_().mul_(weight_C.float()[:, None])
-                label.add(grad_Cv.add_(p_Cv), -weight_C[:, None])
-            if head.softcap is not None:  # the slope of softcap x tanh
+            if labels is not None:
+                labels.add_gradient(grad_Cv, factor_C * settings.cross_entropy * head.scale)
+            if kept_Cv is not None and head.softcap is not None:  # the slope of softcap x tanh
                 grad_Cv.mul_(kept_Cv.div_(head.softcap).square_().neg_().add_(1.0))
             return grad_Cv
 
         return kd_C, ce_C, gradient
 
-    def _divergence(self, student_Cv: Tensor, spare_Cv: Tensor, here: slice, exchange: Exchange) -> tuple[Tensor, Gradient]:
+    def _divergence(self, student_Cv: Tensor, spare_Rv: Tensor, here: slice, exchange: Exchange) -> tuple[Tensor, Gradient]:
         settings, first = self.settings, self.head.first
         if settings.temperature != 1.0:
             student_Cv.div_(settings.temperature)
@@ -151,7 +144,7 @@ class Work:
         if settings.temperature != 1.0:
             teacher_Cv.div_(settings.temperature)
         if settings.top_k is None:
-            return WHOLE[settings.loss](Buffers(student_Cv, teacher_Cv, spare_Cv), settings.beta, exchange)
+            return WHOLE[settings.loss](Buffers(student_Cv, teacher_Cv, spare_Rv), settings.beta, exchange)
         tokens_CK, known_CK = largest(teacher_Cv, first, settings.top_k, exchange)
         return bucketed(settings.loss, student_Cv, settings.beta, first, tokens_CK, (known_CK, teacher_Cv), exchange)
 

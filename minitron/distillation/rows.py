@@ -4,7 +4,8 @@ Each function makes its statistics from this rank's shard, lets the tensor ranks
 value together with a function that writes the gradient over the chunk's buffers, for those who want it. What is as wide as the
 vocabulary is fp32, what is a few numbers per token is float64: differences of large logarithms would cost digits.
 
-Legend: C tokens of one chunk, v live vocabulary rows of this rank, K a teacher's largest tokens, B = K + 1 buckets: those, and the rest.
+Legend: C tokens of one chunk, R some of them, v live vocabulary rows of this rank, K a teacher's largest tokens, B = K + 1 buckets: those,
+and the rest.
 """
 
 from __future__ import annotations
@@ -40,11 +41,18 @@ class Exchange:
 
 
 class Buffers(NamedTuple):
-    """One chunk's memory, fp32 [C, v] each: both models' logits over the temperature, and one without content. All are overwritten."""
+    """One chunk's memory in fp32: both models' logits over the temperature, [C, v], and some rows without content, [R, v]. All are overwritten."""
 
     student_Cv: Tensor
     teacher_Cv: Tensor
-    spare_Cv: Tensor
+    spare_Rv: Tensor
+
+    def by_rows(self, action: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """`action(student, teacher, spare)` on R rows after the other; the numbers per token that it returns, of the whole chunk."""
+        rows = len(self.spare_Rv)
+        pairs = zip(self.student_Cv.split(rows), self.teacher_Cv.split(rows), strict=True)
+        parts = [action(student_Rv, teacher_Rv, self.spare_Rv[: len(student_Rv)]) for student_Rv, teacher_Rv in pairs]
+        return [torch.cat(of_all) for of_all in zip(*parts, strict=True)]
 
 
 def exponentials(logits_Cv: Tensor, out_Cv: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,33 +76,41 @@ def _whole_lse(lse_rC: Tensor) -> Tensor:
 
 def _forward_kl(chunk: Buffers, beta: float, exchange: Exchange) -> tuple[Tensor, Gradient]:
     """KL(teacher || student) = sum p_t (z_t - z_s) - lse_t + lse_s; its gradient is p_s - p_t."""
-    student_Cv, teacher_Cv, exp_t_Cv = chunk
-    max_t_C, mine_t_C = exponentials(teacher_Cv, exp_t_Cv)
-    cross_C = teacher_Cv.sub_(student_Cv).mul_(exp_t_Cv).sum(dim=1).double()
-    max_s_C, mine_s_C = exponentials(student_Cv, student_Cv)
+
+    def local(student_Rv: Tensor, teacher_Rv: Tensor, exp_t_Rv: Tensor) -> tuple[Tensor, ...]:
+        of_teacher = exponentials(teacher_Rv, exp_t_Rv)
+        cross_R = teacher_Rv.sub_(student_Rv).mul_(exp_t_Rv).sum(dim=1)
+        teacher_Rv.copy_(exp_t_Rv)
+        return *exponentials(student_Rv, student_Rv), *of_teacher, cross_R.double()
+
+    max_s_C, mine_s_C, max_t_C, mine_t_C, cross_C = chunk.by_rows(local)
     all_s, all_t, means = exchange.last(mine_s_C, mine_t_C, cross_C * (max_t_C - mine_t_C).exp()).unbind(dim=1)
     lse_s_C, lse_t_C = _whole_lse(all_s), _whole_lse(all_t)
 
     def gradient(scale_C: Tensor) -> Tensor:
         factor_s, factor_t = (_column(scale_C * (top - lse).exp()) for top, lse in ((max_s_C, lse_s_C), (max_t_C, lse_t_C)))
-        return student_Cv.mul_(factor_s).addcmul_(exp_t_Cv, factor_t, value=-1.0)
+        return chunk.student_Cv.mul_(factor_s).addcmul_(chunk.teacher_Cv, factor_t, value=-1.0)
 
     return (means * (all_t - lse_t_C).exp()).sum(dim=0) - lse_t_C + lse_s_C, gradient
 
 
 def _reverse_kl(chunk: Buffers, beta: float, exchange: Exchange) -> tuple[Tensor, Gradient]:
     """KL(student || teacher) = sum p_s d - lse_s + lse_t with d = z_s - z_t; its gradient is p_s (d - sum p_s d)."""
-    student_Cv, teacher_Cv, apart_Cv = chunk
-    torch.sub(student_Cv, teacher_Cv, out=apart_Cv)
-    _, mine_t_C = exponentials(teacher_Cv, teacher_Cv)
-    max_s_C, mine_s_C = exponentials(student_Cv, student_Cv)
-    cross_C = torch.mul(student_Cv, apart_Cv, out=teacher_Cv).sum(dim=1).double()
+
+    def local(student_Rv: Tensor, teacher_Rv: Tensor, spare_Rv: Tensor) -> tuple[Tensor, ...]:
+        _, mine_t_R = exponentials(teacher_Rv, spare_Rv)
+        apart_Rv = torch.sub(student_Rv, teacher_Rv, out=teacher_Rv)
+        of_student = exponentials(student_Rv, student_Rv)
+        return *of_student, mine_t_R, torch.mul(student_Rv, apart_Rv, out=spare_Rv).sum(dim=1).double()
+
+    max_s_C, mine_s_C, mine_t_C, cross_C = chunk.by_rows(local)
     all_s, all_t, means = exchange.last(mine_s_C, mine_t_C, cross_C * (max_s_C - mine_s_C).exp()).unbind(dim=1)
     lse_s_C, lse_t_C = _whole_lse(all_s), _whole_lse(all_t)
     mean_C = (means * (all_s - lse_s_C).exp()).sum(dim=0)
 
     def gradient(scale_C: Tensor) -> Tensor:
-        return student_Cv.mul_(apart_Cv.sub_(_column(mean_C))).mul_(_column(scale_C * (max_s_C - lse_s_C).exp()))
+        apart_Cv = chunk.teacher_Cv.sub_(_column(mean_C))
+        return chunk.student_Cv.mul_(apart_Cv).mul_(_column(scale_C * (max_s_C - lse_s_C).exp()))
 
     return mean_C - lse_s_C + lse_t_C, gradient
 
@@ -102,20 +118,23 @@ def _reverse_kl(chunk: Buffers, beta: float, exchange: Exchange) -> tuple[Tensor
 def _jsd(chunk: Buffers, beta: float, exchange: Exchange) -> tuple[Tensor, Gradient]:
     """sum m (beta x_t log x_t + (1 - beta) x_s log x_s) with x = p / m, m = beta p_t + (1 - beta) p_s; with g = (1 - beta) p_s log x_s its
     gradient is g - p_s sum g. The mixture needs both normalisers first, so there are two collectives."""
-    p_s_Cv, p_t_Cv, mixture_Cv = chunk
-    pairs = [exponentials(probabilities_Cv, probabilities_Cv) for probabilities_Cv in (p_s_Cv, p_t_Cv)]
-    all_s, all_t = exchange.early(pairs[0][1], pairs[1][1]).unbind(dim=1)
-    for probabilities_Cv, (max_C, _), lse_rC in ((p_s_Cv, pairs[0], all_s), (p_t_Cv, pairs[1], all_t)):
-        probabilities_Cv.mul_(_column((max_C - _whole_lse(lse_rC)).exp()))
-    torch.mul(p_t_Cv, beta, out=mixture_Cv).add_(p_s_Cv, alpha=1.0 - beta).clamp_(min=torch.finfo(torch.float32).tiny)
-    x_t_Cv = p_t_Cv.div_(mixture_Cv)
-    from_t_C = torch.special.xlogy(x_t_Cv, x_t_Cv, out=x_t_Cv).mul_(mixture_Cv).sum(dim=1)
-    x_s_Cv = torch.div(p_s_Cv, mixture_Cv, out=p_t_Cv)
-    terms_Cv = torch.special.xlogy(p_s_Cv, x_s_Cv, out=x_s_Cv)
-    from_t_C, from_s_C = exchange.last(from_t_C, terms_Cv.sum(dim=1)).sum(dim=0)
+    (max_s_C, mine_s_C), (max_t_C, mine_t_C) = (exponentials(logits_Cv, logits_Cv) for logits_Cv in chunk[:2])
+    all_s, all_t = exchange.early(mine_s_C, mine_t_C).unbind(dim=1)
+    chunk.student_Cv.mul_(_column((max_s_C - _whole_lse(all_s)).exp()))
+    chunk.teacher_Cv.mul_(_column((max_t_C - _whole_lse(all_t)).exp()))
+
+    def local(p_s_Rv: Tensor, p_t_Rv: Tensor, mixture_Rv: Tensor) -> tuple[Tensor, ...]:
+        torch.mul(p_t_Rv, beta, out=mixture_Rv).add_(p_s_Rv, alpha=1.0 - beta).clamp_(min=torch.finfo(torch.float32).tiny)
+        x_t_Rv = p_t_Rv.div_(mixture_Rv)
+        from_t_R = torch.special.xlogy(x_t_Rv, x_t_Rv, out=x_t_Rv).mul_(mixture_Rv).sum(dim=1)
+        x_s_Rv = torch.div(p_s_Rv, mixture_Rv, out=p_t_Rv)
+        return from_t_R, torch.special.xlogy(p_s_Rv, x_s_Rv, out=x_s_Rv).sum(dim=1)
+
+    from_t_C, from_s_C = exchange.last(*chunk.by_rows(local)).sum(dim=0)
 
     def gradient(scale_C: Tensor) -> Tensor:
-        return terms_Cv.addcmul_(p_s_Cv, _column(from_s_C), value=-1.0).mul_(_column((1.0 - beta) * scale_C))
+        terms_Cv = chunk.teacher_Cv.addcmul_(chunk.student_Cv, _column(from_s_C), value=-1.0)
+        return terms_Cv.mul_(_column((1.0 - beta) * scale_C))
 
     return beta * from_t_C + (1.0 - beta) * from_s_C, gradient
 
@@ -146,6 +165,33 @@ class Shard(NamedTuple):
     def leave_out(self, of_Cv: Tensor) -> Tensor:
         """Make those inside -inf, in place."""
         return of_Cv.scatter_reduce_(1, self.at, torch.where(self.inside, -torch.inf, torch.inf).to(of_Cv.dtype), "amin")
+
+
+class Labels:
+    """Cross-entropy of one token each, from a chunk's logits at temperature 1 [C, v]: `local` travels, `losses` has what came back."""
+
+    def __init__(self, logits_Cv: Tensor, shard: Shard, spare_Rv: Tensor) -> None:
+        self.logits_Cv, self.shard, self.spare_Rv = logits_Cv, shard, spare_Rv
+        self.lse_C = torch.empty(0)
+
+    def local(self) -> list[Tensor]:
+        """The log-sum-exp over this shard, and the label's logit where it is inside."""
+        parts = [exponentials(part_Rv, self.spare_Rv[: len(part_Rv)])[1] for part_Rv in self.logits_Cv.split(len(self.spare_Rv))]
+        return [torch.cat(parts), self.shard.read(self.logits_Cv)[:, 0]]
+
+    def losses(self, everyone_rEC: Tensor) -> Tensor:
+        """Nats per token [C], from every rank's `local`."""
+        self.lse_C = _whole_lse(everyone_rEC[:, 0])
+        return self.lse_C - everyone_rEC[:, 1].sum(dim=0)
+
+    def add_gradient(self, to_Cv: Tensor, weight_C: Tensor) -> None:
+        """Add the gradient to the logits times a weight per token, in place."""
+        rows = len(self.spare_Rv)
+        for part_Rv, to_Rv, lse_R1, weight_R1 in zip(
+            self.logits_Cv.split(rows), to_Cv.split(rows), _column(self.lse_C).split(rows), _column(weight_C).split(rows), strict=True
+        ):
+            to_Rv.addcmul_(torch.sub(part_Rv, lse_R1, out=self.spare_Rv[: len(part_Rv)]).exp_(), weight_R1)
+        self.shard.add(to_Cv, -weight_C[:, None])
 
 
 def largest(teacher_Cv: Tensor, first: int, count: int, exchange: Exchange) -> tuple[Tensor, Tensor]:
