@@ -202,7 +202,7 @@ class Distill:
         "gradient of the head in between",
         allowed=("forward", "recompute"),
     )
-    chunk_tokens: int = setting(128, "tokens whose logits exist at one time inside the loss", least=1)
+    chunk_tokens: int = setting(256, "tokens whose logits exist at one time inside the loss", least=1)
     hidden: Hidden = dataclasses.field(default_factory=Hidden)
 
     def __post_init__(self) -> None:
