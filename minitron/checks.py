@@ -15,6 +15,7 @@ from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.data.tokenizing import differing_token, load_tokenizer
+from minitron.distillation.cache import Cache
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
@@ -50,6 +51,7 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
 def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
     groups = VERBS[verb].groups
+    trains = "distill" in groups and verb != "cache"
     if "distill" in groups and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
@@ -63,9 +65,11 @@ def check(cfg: Config, verb: str) -> None:
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
-    if "distill" in groups and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
+    if trains and cfg.teacher.cache.folder is not None:
+        Cache.load(Path(cfg.teacher.cache.folder).expanduser())
+    if trains and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
         raise refuse("distill.hidden.enabled", True, "hidden states can't be compared over layouts: null is needed for teacher.parallel.tp and pp")
-    if "distill" in groups and cfg.distill.hidden.enabled and cfg.teacher.cache.folder is not None:
+    if trains and cfg.distill.hidden.enabled and cfg.teacher.cache.folder is not None:
         raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: null is needed for teacher.cache.folder")
     if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)

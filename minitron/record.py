@@ -141,7 +141,7 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
                 has = f"run.dir={folder} belongs to a run whose {stage} has {shown(theirs[name])}"
                 raise refuse(name, mine[name], f"{has}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)
-    if "distill" in VERBS[verb].groups and (step := trained(folder)):
+    if "distill" in VERBS[verb].groups and verb != "cache" and (step := trained(folder)):
         before = record.get("distill", {"settings": {}})["settings"]
         changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
         if changed:

@@ -206,6 +206,8 @@ class Session:
     def inputs(self, verb: str) -> dict[str, str]:
         """Fingerprints of what a stage starts from, as they are now."""
         found = {"model": self.source.fingerprint()}
+        if verb == "distill" and self.cfg.teacher.path is not None:
+            found["teacher"] = self.teacher_source.fingerprint()
         manifest = Manifest.load(self.folder / "data")
         for split, parts in sorted(manifest.splits.items()):
             if not split.startswith("text_") or verb == "evaluate":
@@ -229,8 +231,10 @@ class Session:
         engine.on_main(self.world, note)
 
     def check_descent(self) -> None:
-        """Refuse checkpoints that were trained from another pruned model than the one that is here now."""
+        """Refuse checkpoints that were trained from another pruned model, or by another teacher, than the one that is here now."""
         file, fingerprint = self.checkpoints.folder / "pruned_from", self.source.fingerprint()
+        if self.cfg.teacher.path is not None:
+            fingerprint += "-" + self.teacher_source.fingerprint()
 
         def look() -> None:
             mine = sha256(self.folder / "keep.safetensors")[:16] + "-" + fingerprint
@@ -238,7 +242,9 @@ class Session:
                 write_text(file, mine + "\n")
             elif not file.exists() or file.read_text().strip() != mine:
                 raise refuse(
-                    "run.dir", self.folder, "its checkpoints were trained from another pruned model; remove checkpoints/ or use another run.dir"
+                    "run.dir",
+                    self.folder,
+                    "its checkpoints were trained from another pruned model, or by another teacher; remove checkpoints/ or use another run.dir",
                 )
 
         engine.on_main(self.world, look)

@@ -20,6 +20,7 @@ from minitron.data.indexed import (
     GPTDatasetConfig,
     IndexedDataset,
     Split,
+    check_documents,
     helpers,
     num_tokens,
     open_indexed,
@@ -74,6 +75,8 @@ class TrainingSamples:
         for number, (prefix, _) in enumerate(blend):
             if needed[number]:
                 indexed = open_indexed(Path(prefix), "data.train")
+                if separate or packing != "stream":
+                    check_documents(Path(prefix), indexed, "data.separate_documents=true" if separate else f"data.packing={packing}")
                 self.prompts[number] = open_prompts(Path(prefix), indexed, "data.train") if prompts else None
                 self.parts[number] = PACKINGS[packing](indexed, Path(prefix), seq_length, int(needed[number]), seed, Path(cache_dir), once)
 

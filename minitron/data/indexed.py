@@ -75,6 +75,12 @@ def open_prompts(prefix: Path, indexed: IndexedDataset, setting: str) -> np.ndar
     return prompts
 
 
+def check_documents(prefix: Path, indexed: IndexedDataset, asked: str) -> None:
+    """Raises RequestError, naming the setting that `asked`, where documents are stored as several sequences each."""
+    if len(indexed.document_indices) != len(indexed.sequence_lengths) + 1:
+        raise RequestError(f"{asked}: {prefix.name}.idx stores documents in parts, such as sentences; one sequence for each is needed")
+
+
 def num_tokens(indexed: IndexedDataset) -> int:
     """Tokens of all documents."""
     return int(indexed.sequence_lengths.sum(dtype=np.int64))

@@ -30,7 +30,7 @@ from minitron import engine
 from minitron.data.lengths import rows_of
 from minitron.distillation.signal import TopSignal
 from minitron.errors import RequestError, refuse, shown
-from minitron.files import atomic_path, read_json, sha256, write_json
+from minitron.files import atomic_path, os_errors_are_requests, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from minitron.data.corpus import Samples
@@ -127,9 +127,8 @@ class Cache:
         path, known = self.folder / name, self.files.get(name)
         if known is None or not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
-            return f"{path} is damaged"
-        return None
+        with os_errors_are_requests("cannot read", path):
+            return None if path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"] else f"{path} is damaged"
 
     def needed(self, samples: int) -> list[int]:
         """The first samples of the files that hold the first `samples`."""
@@ -151,8 +150,11 @@ class Cache:
         """Read every file that the run needs, each on one rank, and hold it against the run's samples. Raises RequestError on every rank."""
         needed, failure = self.needed(len(samples)), None
         for turn in range(world.rank, len(needed), world.size):
-            fault = self.fault(needed[turn])
-            failure = self.foreign(needed[turn], samples) if fault is None else f"{fault}; minitron cache makes it again"
+            try:
+                fault = self.fault(needed[turn])
+                failure = self.foreign(needed[turn], samples) if fault is None else f"{fault}; minitron cache makes it again"
+            except RequestError as error:
+                failure = str(error)
             if failure is not None:
                 break
             advance(min(world.size, len(needed) - turn))
@@ -187,7 +189,8 @@ def _is_mine(path: Path, wanted: Description) -> bool:
 def finish(folder: Path, description: Description) -> Cache:
     """Write the manifest of a folder whose files are all there."""
     paths = [folder / description.file(first) for first in description.firsts()]
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    with os_errors_are_requests("cannot read the cache in", folder):  # files of other nodes too: the folder must be one that all see
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     write_json(folder / MANIFEST, {"cache": dataclasses.asdict(description), "files": files})
     return Cache(folder, description, files)
 

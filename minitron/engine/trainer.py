@@ -123,6 +123,10 @@ class Trainer:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. From here on the learning rate is what today's settings give at each step, not those of the checkpoint."""
+        if set(known := state.get("extras", {})) != set(self.extras):
+            raise RequestError(
+                f"the checkpoint holds {sorted(known) or 'nothing'} beside the model, and this training {sorted(self.extras) or 'nothing'}"
+            )
         self.step = state["step"]
         for group in self.optimizer.param_groups:  # loaded with the optimizer's state; the schedule reads them there
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)

@@ -14,6 +14,7 @@ from minitron.data.corpus import TrainingSamples, batches
 from minitron.data.indexed import IndexedDatasetBuilder
 from minitron.data.packing import Span, masks, pack
 from minitron.engine.parallel import on_main
+from minitron.errors import RequestError
 from tests.multirank.ranks import Layout, on_ranks
 
 LENGTHS = [7, 1, 33, 12, 2, 50, 8, 20, 5, 41]
@@ -179,3 +180,17 @@ def test_ranks_read_the_packing_that_one_process_makes(tmp_path: Path) -> None:
     write(tmp_path / "t", LENGTHS)
     (alone,) = on_ranks(read_packed, Layout(), tmp_path, "alone")
     assert on_ranks(read_packed, Layout(dp=2), tmp_path, "shared") == [alone, alone]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"separate": True}, "data.separate_documents=true"), ({"packing": "documents"}, "data.packing=documents")], ids=str
+)
+def test_documents_that_are_stored_in_parts_are_refused(asked: dict, said: str, tmp_path: Path) -> None:
+    """Where one ends can't be told from where a sentence of it does; joined up in a stream they are as good as any."""
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'parts'}.bin", np.int32)
+    builder.add_document(np.arange(30), [12, 18])
+    builder.finalize(f"{tmp_path / 'parts'}.idx")
+    blend = [(tmp_path / "parts", 1.0)]
+    assert len(TrainingSamples(blend, 7, 4, 1, tmp_path / "order")[0]) == 8
+    with pytest.raises(RequestError, match=rf"^{said}: parts.idx stores documents in parts, such as sentences; one sequence for each is needed$"):
+        TrainingSamples(blend, 7, 4, 1, tmp_path / "order", **asked)

@@ -169,6 +169,12 @@ def test_training_goes_on_at_another_layout(folders, tmp_path):
         assert lines == [pytest.approx(line, rel=1e-5) for line in wanted]
 
 
+def test_a_checkpoint_without_a_projection_is_not_taken_for_one_with_it(folders, alone, tmp_path):
+    Run(alone, folders["wide"]).fit(tmp_path, stop_after=6)
+    with pytest.raises(RequestError, match=r"^the checkpoint holds nothing beside the model, and this training \['hidden'\]$"):
+        Checkpoints(tmp_path).resume(Run(alone, folders["wide"], hidden=LEARNED).trainer)
+
+
 def test_a_skipped_step_leaves_projection_and_alpha(folders, alone):
     run = Run(alone, folders["wide"], hidden=LEARNED)
     run.step()

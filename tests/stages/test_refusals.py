@@ -306,18 +306,32 @@ def test_a_full_disk(refused, one_megabyte, settings, tmp_path):
     assert str(one_megabyte / "run") in line
 
 
+def change_weights(folder):
+    """Other weights of the same sizes in a model's place."""
+    tensors = saved_tensors(folder)
+    noise = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "embed" not in name:
+            tensor += 0.2 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_teacher_that_changes_under_a_run(refused, settings, copy, tmp_path):
+    changed = [value for value in settings if not value.startswith(("train.steps", "train.warmup"))]
+    short = [f"teacher.path={copy}", "train.steps=2", "train.warmup_steps=1"]
+    done = minitron(tmp_path / "log", "compress", f"run.dir={tmp_path / 'run'}", *changed, *short)
+    assert (done.code, done.err) == (0, "")
+    change_weights(copy)
+    assert "trained from another pruned model, or by another teacher; remove checkpoints/" in refused(*short)
+
+
 def test_weights_that_change_under_a_run(refused, settings, copy, tmp_path):
     """Scores and checkpoints are of the model as it was: neither is taken for one of what lies in its place now."""
     model, short = f"model.path={copy}", ["train.steps=2", "train.warmup_steps=1"]
     changed = [value for value in settings if not value.startswith(("model.path", "train.steps", "train.warmup"))]
     done = minitron(tmp_path / "log", "compress", f"run.dir={tmp_path / 'run'}", *changed, model, *short)
     assert (done.code, done.err) == (0, "")
-    tensors = saved_tensors(copy)
-    noise = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if "embed" not in name:
-            tensor += 0.2 * tensor.std() * torch.randn(tensor.shape, generator=noise)
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    change_weights(copy)
     assert "importance.safetensors was measured on another model" in refused(model, *short, verb="prune")
     assert "its checkpoints were trained from another pruned model" in refused(model, *short)
 
