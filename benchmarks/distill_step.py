@@ -169,8 +169,9 @@ def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, .
             first: dict[str, float] = {}
             for number in range(repeats + 1):
                 tokens_BS = torch.randint(0, opened.source.arch.vocab_size, shape, generator=generator)
-                for name, step in sides.items():
-                    loss, parts = step(tokens_BS)
+                turn = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]  # what a side leaves in memory meets each of the others
+                for name in turn:
+                    loss, parts = sides[name](tokens_BS)
                     first.setdefault(name, loss)
                     if number > 0:  # the first step also allocates
                         seconds[name].append({**parts, "total": sum(parts.values())})
