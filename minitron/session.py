@@ -206,7 +206,7 @@ class Session:
     def inputs(self, verb: str) -> dict[str, str]:
         """Fingerprints of what a stage starts from, as they are now."""
         found = {"model": self.source.fingerprint()}
-        if verb == "distill" and self.cfg.teacher.path is not None:
+        if verb in ("distill", "evaluate") and self.cfg.teacher.path is not None:
             found["teacher"] = self.teacher_source.fingerprint()
         manifest = Manifest.load(self.folder / "data")
         for split, parts in sorted(manifest.splits.items()):

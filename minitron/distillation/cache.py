@@ -29,6 +29,7 @@ import torch
 from minitron import engine
 from minitron.data.lengths import rows_of
 from minitron.distillation.signal import TopSignal
+from minitron.distillation.step import local_tokens
 from minitron.errors import RequestError, refuse, shown
 from minitron.files import atomic_path, os_errors_are_requests, read_json, sha256, write_json
 
@@ -290,7 +291,7 @@ class CachedTeacher:
         rows = rows_of(passed * size * self.world.dp, number, size, self.world.dp_rank, self.world.dp)
         samples = [self._sample(index, tokens) for index, tokens in zip(rows, tokens_BT, strict=True)]
         tokens_BWK, log_probs_BWK, tail_BW = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
-        return TopSignal(*(self._flat(whole) for whole in self._kept(tokens_BWK.long(), log_probs_BWK, tail_BW)))
+        return TopSignal(*(local_tokens(whole, self.world) for whole in self._kept(tokens_BWK.long(), log_probs_BWK, tail_BW)))
 
     def _sample(self, index: int, tokens_W: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a file holds of a sample: tokens [W, K], log-probabilities [W, K] and [W]."""
@@ -310,7 +311,3 @@ class CachedTeacher:
         top, rest = log_probs_BWK[:, :, : self.top_k], log_probs_BWK[:, :, self.top_k :]
         tail_BW = torch.cat([rest, tail_BW[:, :, None]], dim=2).logsumexp(dim=2)
         return tokens_BWK[:, :, : self.top_k], top - total_BW[:, :, None], tail_BW - total_BW
-
-    def _flat(self, whole_BWX: Tensor) -> Tensor:
-        """This rank's positions, the sequence first, on its device."""
-        return engine.local_part(whole_BWX, self.world).transpose(0, 1).flatten(0, 1).to(self.world.device)

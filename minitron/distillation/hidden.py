@@ -22,7 +22,7 @@ from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.shards import stage_of
 from minitron.config.schema import Hidden, Train
-from minitron.distillation.step import counted
+from minitron.distillation.step import counted_mask
 from minitron.errors import refuse
 
 Tensor = torch.Tensor
@@ -262,5 +262,5 @@ class HiddenLoss:
 
 def mask_here(batch: engine.Batch, world: engine.World) -> Tensor:
     """Which tokens of this rank's hidden states inside the model count, bool [S, B]."""
-    mask_SB = counted(batch, world).unflatten(0, (-1, batch.tokens_BT.shape[0]))
+    mask_SB = counted_mask(batch, world).unflatten(0, (-1, batch.tokens_BT.shape[0]))
     return mask_SB.chunk(world.tp)[world.tp_rank] if world.sequence_parallel else mask_SB

@@ -36,7 +36,7 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
 
         def loss(number: int, hidden_SBH: Tensor) -> engine.LossParts:
             hidden_TH = engine.whole_sequence(hidden_SBH, world).flatten(0, 1)
-            mask_T, labels_T = counted(batches[number], world), local_tokens(batches[number].labels_BS, world)
+            mask_T, labels_T = counted_mask(batches[number], world), local_tokens(batches[number].labels_BS, world)
             signal, head = signals.pop(number), Head(*engine.live_head(student, world))  # freed as soon as it is used
             losses = linear_distillation(hidden_TH, head, signal, mask_T, world, settings, labels_T, scratch)
             tokens = mask_T.sum(dtype=torch.int)
@@ -51,12 +51,12 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
     return for_step
 
 
-def counted(batch: engine.Batch, world: engine.World) -> Tensor:
+def counted_mask(batch: engine.Batch, world: engine.World) -> Tensor:
     """Which tokens of this rank's last hidden states count, bool [T], in their order."""
     counted_BS = torch.ones_like(batch.inputs_BS, dtype=torch.bool) if batch.counted_BS is None else batch.counted_BS
     return local_tokens(counted_BS, world)
 
 
 def local_tokens(whole_BS: Tensor, world: engine.World) -> Tensor:
-    """What is said of each token, in the order of this rank's last hidden states, [T]."""
-    return engine.local_part(whole_BS, world).t().flatten().to(world.device)
+    """What is said of each token, [B, S] or [B, S, K], in the order of this rank's last hidden states: [T] or [T, K], on its device."""
+    return engine.local_part(whole_BS, world).transpose(0, 1).flatten(0, 1).to(world.device)
