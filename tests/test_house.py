@@ -26,6 +26,7 @@ ORDER = [
     {"launching", "reporting"},
     {"checks", "record"},
     {"session"},
+    {"training"},
     {"stages"},
     {"cli"},
 ]
