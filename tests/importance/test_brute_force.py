@@ -163,6 +163,15 @@ def test_activations_that_are_read_in_blocks_give_the_same_sums(seq_agg, dtype, 
         torch.testing.assert_close(found, blocks[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 11, 24, 32])
+@pytest.mark.parametrize("seq_agg", AGGREGATIONS)
+def test_sums_as_compiled_kernels_take_them_are_the_same(seq_agg, tokens, monkeypatch):
+    values = torch.randn(tokens, 2, 6)
+    eager = sequence_sums(values, seq_agg)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(sequence_sums(values, seq_agg), eager, rtol=1e-6, atol=1e-6)
+
+
 def test_compiled_hooks_find_the_same_scores(models, samples, expected, alone):
     if no_compiler("cpu"):
         pytest.skip("no C++ compiler")
