@@ -17,9 +17,12 @@ import torch
 from minitron import engine
 from minitron.config.schema import Distill
 from minitron.distillation.rows import WHOLE, Buffers, Exchange, Gradient, Labels, Shard, bucketed, largest
-from minitron.distillation.signal import Head, Signal, TopSignal
+from minitron.distillation.signal import Head, Signal, TopSignal, WholeSignal
 
 Tensor = torch.Tensor
+
+
+SPARE, NUMBERS = 16, 32  # tokens to one spare row, and to the memory of one row for their numbers: log-sum-exps, means, factors
 
 
 class Losses(NamedTuple):
@@ -31,49 +34,51 @@ class Losses(NamedTuple):
 
 
 class Scratch:
-    """Memory for one chunk's logits, used for every chunk and every call: fresh buffers of this size cost more in page faults than
-    the arithmetic on them. Made on first use and again only when a size changes."""
+    """Memory for one chunk, used for every chunk and every call: fresh buffers of this size cost more in page faults than the arithmetic on
+    them. Made on first use and again only where it must grow."""
 
     def __init__(self) -> None:
-        self.fitted: tuple[int, torch.Size, torch.dtype, torch.device] = (0, torch.Size(), torch.float32, torch.device("cpu"))
-        self.made: dict[str, Tensor] = {}
+        self.memory = self.spare_Rv = torch.empty(0)
+        self.buffers: list[Tensor] = []
 
-    def fit(self, chunk: int, head_vH: Tensor) -> None:
-        """Have room for chunks of this size and heads of this shape and type."""
-        like = (chunk, head_vH.shape, head_vH.dtype, head_vH.device)
-        if self.fitted != like:
-            self.fitted, self.made = like, {}
+    def divide(self, count: int, rows: int, spare: int, head_vH: Tensor) -> None:
+        """Have `count` buffers [rows, v] and behind them spare rows [spare, v], for heads of this shape; all fp32, all without content."""
+        vocab, device = len(head_vH), head_vH.device
+        size = (count * rows + spare) * vocab
+        if len(self.memory) < size or self.memory.device != device:
+            self.memory = torch.empty(size, device=device)
+        *self.buffers, self.spare_Rv = self.memory[:size].view(-1, vocab).split([rows] * count + [spare])
 
-    def rows(self, name: str, count: int | None = None) -> Tensor:
-        """[count, v] of the buffer of this name: fp32, or the head's type for "product"; all of the chunk, or an eighth for "spare"."""
-        chunk, shape, dtype, device = self.fitted
-        if name not in self.made:
-            size = -(-chunk // 8) if name == "spare" else chunk
-            self.made[name] = torch.empty(size, shape[0], dtype=dtype if name == "product" else torch.float32, device=device)
-        return self.made[name][:count]
-
-    def head(self) -> Tensor:
-        """[v, H] in the head's type."""
-        _, shape, dtype, device = self.fitted
-        if "head" not in self.made:
-            self.made["head"] = torch.empty(shape, dtype=dtype, device=device)
-        return self.made["head"]
-
-    def logits(self, name: str, hidden_CH: Tensor, head: Head) -> Tensor:
-        """One chunk's logits, fp32 [C, v], with the digits of a product in fp32 also where the head has fewer: rounded to bf16 they would
-        be wrong by some 1 % of a probability, and the largest tokens would be others."""
-        out_Cv, weight_Hv = self.rows(name, len(hidden_CH)), head.weight_vH.t()
+    def logits(self, number: int, hidden_CH: Tensor, head: Head) -> Tensor:
+        """One chunk's logits, fp32 [C, v], in the buffer of this number; with the digits of a product in fp32 also where the head has fewer:
+        rounded to bf16 they would be wrong by some 1 % of a probability, and the largest tokens would be others."""
+        out_Cv, weight_Hv = self.buffers[number][: len(hidden_CH)], head.weight_vH.t()
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, weight_Hv, out=out_Cv)
         elif hidden_CH.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
             torch.ops.aten.mm.dtype_out(hidden_CH, weight_Hv, torch.float32, out=out_Cv)
         else:
-            product_Cv = torch.mm(hidden_CH, weight_Hv, out=self.rows("product", len(hidden_CH)))
-            # then what rounding took away, by the same product: it is summed in fp32 and rounded at the end
-            out_Cv.copy_(product_Cv).add_(product_Cv.addmm_(hidden_CH, weight_Hv, beta=-1.0))
+            # the product, then what rounding took away, by the same product: it is summed in fp32 and rounded at the end. Both lie in the
+            # memory of what they add up to, and reach it row group by row group
+            high_Cv, low_Cv = out_Cv.view(hidden_CH.dtype).chunk(2, dim=1)
+            torch.addmm(torch.mm(hidden_CH, weight_Hv, out=high_Cv), hidden_CH, weight_Hv, beta=-1.0, out=low_Cv)
+            rows = len(self.spare_Rv)
+            for high_Rv, low_Rv, out_Rv in zip(high_Cv.split(rows), low_Cv.split(rows), out_Cv.split(rows), strict=True):
+                out_Rv.copy_(self.spare_Rv[: len(out_Rv)].copy_(high_Rv).add_(low_Rv))
         if head.scale != 1.0:
             out_Cv.mul_(head.scale)
         return out_Cv if head.softcap is None else out_Cv.div_(head.softcap).tanh_().mul_(head.softcap)
+
+    def narrowed(self, wide: Tensor, dtype: torch.dtype) -> Tensor:
+        """These numbers in a narrower type, at the beginning of the memory that they had: by way of the spare rows, as what is read and
+        what is written must not overlap."""
+        if wide.dtype == dtype:
+            return wide
+        source, room = wide.view(-1), self.spare_Rv.view(-1).view(dtype)
+        target = source.view(dtype)[: len(source)]
+        for wide_part, narrow_part in zip(source.split(len(room)), target.split(len(room)), strict=True):
+            narrow_part.copy_(room[: len(wide_part)].copy_(wide_part))
+        return target.view(wide.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,30 +93,48 @@ class Work:
     world: engine.World
     scratch: Scratch
 
-    def chunks(self) -> list[slice]:
-        """The tokens of each chunk."""
-        step = self.settings.chunk_tokens
-        return [slice(start, start + step) for start in range(0, len(self.mask_T), step)]
+    @property
+    def keeps(self) -> bool:
+        """Whether the logits are still needed when the divergence is written over them."""
+        return self.settings.cross_entropy > 0 or self.head.softcap is not None
+
+    def divide(self) -> int:
+        """Divide the scratch for these settings; returns the tokens of a chunk, which must not depend on this rank's vocabulary.
+
+        Two fp32 buffers of `chunk_tokens` rows are what there is, for all that a chunk takes: its buffers, the spare rows, and a few numbers
+        per token. So it has somewhat fewer tokens, and two thirds of them where there are three buffers.
+        """
+        chunk, head_vH = self.settings.chunk_tokens, self.head.weight_vH
+        # a narrower type needs a second one for the gradient to the logits, in that type
+        count = max(1 + self.keeps + isinstance(self.signal, WholeSignal), 1 if head_vH.dtype == torch.float32 else 2)
+        spare, left = (-(-chunk // tokens) for tokens in (SPARE, NUMBERS))
+        rows = max(1, min((2 * chunk - spare - left) // count, chunk, len(self.mask_T)))
+        self.scratch.divide(count, max(rows, -(-head_vH.shape[1] // (2 * len(head_vH)))), spare, head_vH)  # a row of a head fits in any case
+        return rows
 
     def values(self, student_TH: Tensor, gradients: Gradients | None) -> Losses:
         """The losses, chunk by chunk; where `gradients` are wanted, they are filled in the same pass."""
         settings, sums = self.settings, torch.zeros(2, dtype=torch.float64, device=student_TH.device)
-        self.scratch.fit(min(settings.chunk_tokens, student_TH.shape[0]), self.head.weight_vH)
-        for here in self.chunks():
+        host_mask_T, step = self.mask_T.cpu(), self.divide()
+        for start in range(0, len(self.mask_T), step):
+            here = slice(start, start + step)
             kd_C, ce_C, gradient = self._chunk(student_TH[here], here)
-            mask_C = self.mask_T[here].double()
-            sums += torch.stack([(kd_C * mask_C).sum() * settings.temperature**2, (ce_C * mask_C).sum()])
+            kd, ce = (torch.where(self.mask_T[here], one_C, 0.0).sum() for one_C in (kd_C, ce_C))
+            sums += torch.stack([kd * settings.temperature**2, ce])
             if gradients is not None:
-                gradients.add(here, student_TH[here], gradient(mask_C * gradients.factor), self)
+                grad_Cv = gradient(self.mask_T[here] * gradients.factor)
+                # not by the factor of 0 alone: what such a token has may be no number
+                grad_Cv.index_fill_(0, (~host_mask_T[here]).nonzero()[:, 0].to(grad_Cv.device), 0.0)
+                gradients.add(here, student_TH[here], self.mask_T[here], grad_Cv, self)
         kd, ce = sums.unbind()
         return Losses(*(one.float() for one in (kd + settings.cross_entropy * ce, kd, ce)))
 
     def _chunk(self, student_CH: Tensor, here: slice) -> tuple[Tensor, Tensor, Gradient]:
         """(divergence per token, cross-entropy per token, what makes the gradient to the unscaled logits from a factor per token)."""
         settings, head, temperature = self.settings, self.head, self.settings.temperature
-        student_Cv, spare_Rv, kept_Cv = self.scratch.logits("student", student_CH, head), self.scratch.rows("spare"), None
-        if settings.cross_entropy > 0 or head.softcap is not None:
-            kept_Cv = self.scratch.rows("kept", len(student_CH)).copy_(student_Cv)
+        student_Cv, spare_Rv, kept_Cv = self.scratch.logits(0, student_CH, head), self.scratch.spare_Rv, None
+        if self.keeps:
+            kept_Cv = self.scratch.buffers[1][: len(student_CH)].copy_(student_Cv)
         labels = None
         if settings.cross_entropy > 0:
             assert kept_Cv is not None and self.labels_T is not None, "cross-entropy needs labels"
@@ -140,7 +163,7 @@ class Work:
         if isinstance(self.signal, TopSignal):
             log_probs_CB = torch.cat([self.signal.log_probs_TK[here], self.signal.tail_T[here, None]], dim=1)
             return bucketed(settings.loss, student_Cv, settings.beta, first, self.signal.tokens_TK[here], log_probs_CB, exchange)
-        teacher_Cv = self.scratch.logits("teacher", self.signal.hidden_TG[here], self.signal.head)
+        teacher_Cv = self.scratch.logits(-1, self.signal.hidden_TG[here], self.signal.head)
         if settings.temperature != 1.0:
             teacher_Cv.div_(settings.temperature)
         if settings.top_k is None:
@@ -157,16 +180,21 @@ class Gradients:
         self.student_TH = torch.empty_like(student_TH)
         self.head_vH = torch.zeros(head_vH.shape, dtype=torch.float32, device=head_vH.device)
 
-    def add(self, here: slice, student_CH: Tensor, grad_Cv: Tensor, work: Work) -> None:
-        """Take in a chunk, from the gradient to its logits."""
-        weight_vH, scratch = work.head.weight_vH, work.scratch
+    def add(self, here: slice, student_CH: Tensor, mask_C: Tensor, grad_Cv: Tensor, work: Work) -> None:
+        """Take in a chunk, from the gradient to its logits, which lies in the first buffer and is 0 where nothing counts; the other buffers
+        are free."""
+        weight_vH, out_CH = work.head.weight_vH, self.student_TH[here]
+        # until its own product, the chunk's part of the gradient is room for hidden states that are zeros where nothing counts
+        student_CH = torch.where(mask_C[:, None], student_CH, student_CH.new_zeros(()), out=out_CH)
         if weight_vH.dtype == torch.float32:
-            torch.mm(grad_Cv, weight_vH, out=self.student_TH[here])
             self.head_vH.addmm_(grad_Cv.t(), student_CH)
-            return
-        narrow_Cv = scratch.rows("product", len(grad_Cv)).copy_(grad_Cv)
-        torch.mm(narrow_Cv, weight_vH, out=self.student_TH[here])
-        self.head_vH.add_(torch.mm(narrow_Cv.t(), student_CH, out=scratch.head()))
+        else:
+            free, room = (one_Wv.view(-1).view(weight_vH.dtype) for one_Wv in (work.scratch.buffers[1], work.scratch.buffers[0]))
+            grad_Cv = free[: grad_Cv.numel()].view(grad_Cv.shape).copy_(grad_Cv)
+            rows = len(room) // self.head_vH.shape[1]
+            for columns_Cw, sum_wH in zip(grad_Cv.split(rows, dim=1), self.head_vH.split(rows), strict=True):
+                sum_wH.add_(torch.mm(columns_Cw.t(), student_CH, out=room[: sum_wH.numel()].view(sum_wH.shape)))
+        torch.mm(grad_Cv, weight_vH, out=out_CH)
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -190,7 +218,7 @@ class _LinearDistillation(torch.autograd.Function):
             gradients = Gradients(student_TH, head_vH, grad_total)
             work.values(student_TH, gradients)
             student_TH, head_vH = gradients.student_TH, gradients.head_vH
-        return student_TH, head_vH.to(work.head.weight_vH.dtype), None
+        return student_TH, work.scratch.narrowed(head_vH, work.head.weight_vH.dtype), None
 
 
 def linear_distillation(student_TH: Tensor, head: Head, signal: Signal | None, mask_T: Tensor, world: engine.World,

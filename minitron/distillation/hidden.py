@@ -41,6 +41,17 @@ def mean_square(student_SBG: Tensor, teacher_SBG: Tensor) -> Tensor:
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": one_minus_cosine, "mse": mean_square}
 
 
+def summed(kind: str, student_SBH: Tensor, teacher_SBG: Tensor, mask_SB: Tensor, weight_GH: Tensor | None = None) -> Tensor:
+    """The loss of a kind, of `KINDS`, over the tokens that count, in fp32; a weight projects the student's states.
+
+    Where nothing counts the states are zeros before anything is computed of them: a gradient of 0 times infinity would be no number.
+    """
+    student_SBG, teacher_SBG = (torch.where(mask_SB[..., None], states, 0.0).float() for states in (student_SBH, teacher_SBG))
+    if weight_GH is not None:
+        student_SBG = student_SBG @ weight_GH.t()
+    return torch.where(mask_SB, KINDS[kind](student_SBG, teacher_SBG), 0.0).sum()
+
+
 class Pair(NamedTuple):
     """Points that are compared."""
 
@@ -183,7 +194,6 @@ class HiddenLoss:
     def __init__(self, student: engine.Model, teacher: engine.Model, settings: Hidden, train: Train, world: engine.World, seed: int) -> None:
         self.settings, self.world = settings, world
         pairs = pairs_of(settings, student.arch, teacher.arch)
-        self.compare = KINDS[settings.kind]
         self.alpha = 0.0 if isinstance(settings.alpha, str) else settings.alpha
         self.projection = Projection(student.arch.hidden_size, teacher.arch.hidden_size, train, seed, world) if settings.projection else None
         self.teacher_states = TeacherStates(pairs, student, teacher, world)
@@ -221,14 +231,12 @@ class HiddenLoss:
     @torch.enable_grad()
     def _gradient(self, hidden_SBH: Tensor, teacher_SBG: Tensor, mask_SB: Tensor) -> Tensor:
         """Add one pair's loss and the projection's gradient to the sums; returns alpha x the gradient of the hidden states."""
-        projection, student_SBG = self.projection, hidden_SBH.requires_grad_().float()
-        if projection is not None:
-            student_SBG = student_SBG @ projection.weight_GH.t()
-        loss = torch.where(mask_SB, self.compare(student_SBG, teacher_SBG.float()), 0.0).sum()
-        gradient_SBH, *others = torch.autograd.grad(loss, [hidden_SBH, *([] if projection is None else [projection.weight_GH])])
+        weights = [] if self.projection is None else [self.projection.weight_GH]
+        loss = summed(self.settings.kind, hidden_SBH.requires_grad_(), teacher_SBG, mask_SB, *weights)
+        gradient_SBH, *others = torch.autograd.grad(loss, [hidden_SBH, *weights])
         self.total += loss.detach()
-        if projection is not None:
-            projection.gradient_GH += others[0]
+        if self.projection is not None:
+            self.projection.gradient_GH += others[0]
         return gradient_SBH * self.alpha
 
     def sums(self) -> dict[str, Tensor]:

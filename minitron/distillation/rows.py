@@ -19,7 +19,7 @@ from minitron import engine
 from minitron.distillation.losses import DIVERGENCES
 
 Tensor = torch.Tensor
-Gradient = Callable[[Tensor], Tensor]  # scale per token [C] -> gradient to the logits times it [C, v], in a buffer of the chunk
+Gradient = Callable[[Tensor], Tensor]  # scale per token [C] -> gradient to the logits times it [C, v], in the memory of the student's
 
 
 class Exchange:
@@ -133,7 +133,7 @@ def _jsd(chunk: Buffers, beta: float, exchange: Exchange) -> tuple[Tensor, Gradi
     from_t_C, from_s_C = exchange.last(*chunk.by_rows(local)).sum(dim=0)
 
     def gradient(scale_C: Tensor) -> Tensor:
-        terms_Cv = chunk.teacher_Cv.addcmul_(chunk.student_Cv, _column(from_s_C), value=-1.0)
+        terms_Cv = torch.addcmul(chunk.teacher_Cv, chunk.student_Cv, _column(from_s_C), value=-1.0, out=chunk.student_Cv)
         return terms_Cv.mul_(_column((1.0 - beta) * scale_C))
 
     return beta * from_t_C + (1.0 - beta) * from_s_C, gradient

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from minitron import engine
-from minitron.distillation.fused import Scratch
+from minitron.distillation.fused import SPARE, Scratch
 from minitron.distillation.rows import Exchange, Shard, exponentials, largest
 from minitron.distillation.signal import Head, TopSignal
 
@@ -24,10 +24,11 @@ def top_signal(hidden_TG: Tensor, head: Head, top_k: int, temperature: float, wo
     taken. A caller with many microbatches keeps one `scratch`.
     """
     scratch = scratch or Scratch()
-    scratch.fit(min(chunk_tokens, len(hidden_TG)), head.weight_vH)
+    rows = min(chunk_tokens, len(hidden_TG))
+    scratch.divide(1, rows, -(-rows // SPARE), head.weight_vH)
     exchange, chunks = Exchange(world, []), []
     for hidden_CG in hidden_TG.split(chunk_tokens):
-        logits_Cv = scratch.logits("teacher", hidden_CG, head).div_(temperature)
+        logits_Cv = scratch.logits(0, hidden_CG, head).div_(temperature)
         tokens_CK, known_CK = largest(logits_Cv, head.first, top_k, exchange)
         # the others' mass is summed from them, not taken from 1 - the top's: that would be nothing but rounding where the top has nearly all
         shard = Shard.of(tokens_CK, head.first, logits_Cv.shape[1])

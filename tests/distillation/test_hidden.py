@@ -5,7 +5,7 @@ import torch
 
 from minitron.arch.families import from_hf
 from minitron.config.schema import Distill, Hidden, Train
-from minitron.distillation.hidden import HiddenLoss, pairs_of
+from minitron.distillation.hidden import HiddenLoss, pairs_of, summed
 from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
@@ -210,3 +210,22 @@ def test_what_cannot_be_compared_is_refused(settings, student, said):
     with pytest.raises(RequestError) as refusal:
         pairs_of(Hidden(enabled=True, **settings), student, TEACHER)
     assert str(refusal.value) == said
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_what_a_token_that_does_not_count_has_reaches_nothing(kind, projected, what):
+    """Loss and gradients are those of the others, bit for bit, and its own gradient is 0."""
+    generator = torch.Generator().manual_seed(2)
+    student, teacher, weight = (torch.randn(shape, generator=generator) for shape in ((5, 3, 6), (5, 3, 6), (6, 6)))
+    mask, found = torch.arange(15).view(5, 3) % 4 > 0, []
+    for filling in (0.0, what):
+        states = student.masked_fill(~mask[..., None], filling).requires_grad_()
+        weights = [weight.clone().requires_grad_()] if projected else []
+        loss = summed(kind, states, teacher.masked_fill(~mask[..., None], filling), mask, *weights)
+        found.append((loss.detach(), *torch.autograd.grad(loss, [states, *weights])))
+    for clean, dirty in zip(*found, strict=True):
+        torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+        assert dirty.isfinite().all() and dirty.count_nonzero()
+    assert found[1][1][~mask].count_nonzero() == 0
