@@ -22,7 +22,7 @@ from minitron.distillation.signal import Head, Signal, TopSignal, WholeSignal
 Tensor = torch.Tensor
 
 
-SPARE, NUMBERS = 16, 32  # tokens to one spare row, and to the memory of one row for their numbers: log-sum-exps, means, factors
+SPARE, NUMBERS = 32, 32  # tokens to two spare rows, and to the memory of one row for their numbers: log-sum-exps, means, factors
 
 
 class Losses(NamedTuple):
@@ -62,9 +62,10 @@ class Scratch:
             # memory of what they add up to, and reach it row group by row group
             high_Cv, low_Cv = out_Cv.view(hidden_CH.dtype).chunk(2, dim=1)
             torch.addmm(torch.mm(hidden_CH, weight_Hv, out=high_Cv), hidden_CH, weight_Hv, beta=-1.0, out=low_Cv)
-            rows = len(self.spare_Rv)
+            wide_high_Rv, wide_low_Rv = self.spare_Rv.chunk(2)
+            rows = len(wide_low_Rv)
             for high_Rv, low_Rv, out_Rv in zip(high_Cv.split(rows), low_Cv.split(rows), out_Cv.split(rows), strict=True):
-                out_Rv.copy_(self.spare_Rv[: len(out_Rv)].copy_(high_Rv).add_(low_Rv))
+                torch.add(wide_high_Rv[: len(out_Rv)].copy_(high_Rv), wide_low_Rv[: len(out_Rv)].copy_(low_Rv), out=out_Rv)
         if head.scale != 1.0:
             out_Cv.mul_(head.scale)
         return out_Cv if head.softcap is None else out_Cv.div_(head.softcap).tanh_().mul_(head.softcap)
@@ -107,9 +108,9 @@ class Work:
         chunk, head_vH = self.settings.chunk_tokens, self.head.weight_vH
         # a narrower type needs a second one for the gradient to the logits, in that type
         count = max(1 + self.keeps + isinstance(self.signal, WholeSignal), 1 if head_vH.dtype == torch.float32 else 2)
-        spare, left = (-(-chunk // tokens) for tokens in (SPARE, NUMBERS))
+        spare, left = 2 * -(-chunk // SPARE), -(-chunk // NUMBERS)
         rows = max(1, min((2 * chunk - spare - left) // count, chunk, len(self.mask_T)))
-        self.scratch.divide(count, max(rows, -(-head_vH.shape[1] // (2 * len(head_vH)))), spare, head_vH)  # a row of a head fits in any case
+        self.scratch.divide(count, max(rows, -(-head_vH.shape[1] // len(head_vH))), spare, head_vH)  # a row of a head fits in any case
         return rows
 
     def values(self, student_TH: Tensor, gradients: Gradients | None) -> Losses:
@@ -189,11 +190,14 @@ class Gradients:
         if weight_vH.dtype == torch.float32:
             self.head_vH.addmm_(grad_Cv.t(), student_CH)
         else:
-            free, room = (one_Wv.view(-1).view(weight_vH.dtype) for one_Wv in (work.scratch.buffers[1], work.scratch.buffers[0]))
+            wide, (free, room) = work.scratch.buffers[0].view(-1), work.scratch.buffers[1].view(-1).view(weight_vH.dtype).chunk(2)
             grad_Cv = free[: grad_Cv.numel()].view(grad_Cv.shape).copy_(grad_Cv)
-            rows = len(room) // self.head_vH.shape[1]
-            for columns_Cw, sum_wH in zip(grad_Cv.split(rows, dim=1), self.head_vH.split(rows), strict=True):
-                sum_wH.add_(torch.mm(columns_Cw.t(), student_CH, out=room[: sum_wH.numel()].view(sum_wH.shape)))
+            vocab, hidden = self.head_vH.shape
+            blocks = -(-vocab // (len(room) // hidden))
+            for columns_Cw, sum_wH in zip(grad_Cv.tensor_split(blocks, dim=1), self.head_vH.tensor_split(blocks), strict=True):
+                product_wH, wide_wH = (one[: sum_wH.numel()].view(sum_wH.shape) for one in (room, wide))
+                # to fp32 before it is added: a sum of two types would make itself a copy of this size
+                sum_wH.add_(wide_wH.copy_(torch.mm(columns_Cw.t(), student_CH, out=product_wH)))
         torch.mm(grad_Cv, weight_vH, out=out_CH)
 
 

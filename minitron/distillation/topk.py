@@ -25,7 +25,7 @@ def top_signal(hidden_TG: Tensor, head: Head, top_k: int, temperature: float, wo
     """
     scratch = scratch or Scratch()
     rows = min(chunk_tokens, len(hidden_TG))
-    scratch.divide(1, rows, -(-rows // SPARE), head.weight_vH)
+    scratch.divide(1, rows, 2 * -(-rows // SPARE), head.weight_vH)
     exchange, chunks = Exchange(world, []), []
     for hidden_CG in hidden_TG.split(chunk_tokens):
         logits_Cv = scratch.logits(0, hidden_CG, head).div_(temperature)

@@ -184,7 +184,7 @@ def memory(world, settings, dtype, tokens, vocab, hidden):
 @pytest.mark.parametrize("case", MEMORY_CASES)
 def test_memory_is_two_chunks_of_logits_and_the_gradients(case, dtype, gradients, alone):
     """Above the arguments at most: two chunks in fp32, the gradient of the head in fp32, and the gradient of the hidden states."""
-    vocab, hidden, chunk = 4099, 23, 37
+    vocab, hidden, chunk = 4099, 68, 37  # twice as wide as a chunk has tokens: the head just does not go through in two parts
     chunks, head = 2 * chunk * vocab * 4, vocab * hidden * 4
     settings = dataclasses.replace(MEMORY_CASES[case], gradients=gradients, chunk_tokens=chunk)
     for tokens in (101, 1009):
