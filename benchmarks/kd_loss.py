@@ -1,12 +1,14 @@
 """The distillation loss on the same hidden states and heads: fused, both ways of making gradients, beside what else there is.
 
 unfused: `log_softmax` of both whole [tokens, vocabulary] logits under autograd (minitron.distillation.losses). modelopt: `LogitsKLLoss` of
-nvidia-modelopt on whole logits. liger: liger-kernel's chunked loss, which fuses both heads and has no forward KL of its own: its JSD with beta 0.
-Each is measured where its package is installed. All give forward KL at temperature 1, summed over the tokens.
+nvidia-modelopt on whole logits. liger: liger-kernel's chunked loss, which fuses both heads, in chunks of as many tokens; it has no forward KL
+of its own: its JSD with beta 0, a mean over tokens, which is multiplied by their number. It is plain torch, and by default compiled by
+torch.compile: both are measured, the latter after it is compiled. Each is measured where its package is installed. All give forward KL at
+temperature 1, summed over the tokens.
 
 Time is of the loss and its backward pass. Memory is the most that there ever was above the arguments (bytes of torch's tensors on a
-CPU, its allocator's peak on a GPU), in a first call, so that what the fused loss keeps for later calls is in it. The error is that of the
-gradients in the norm, of hidden states and head, against float64 on the first tokens.
+CPU, where those of compiled code don't show, its allocator's peak on a GPU), in a first call, so that what the fused loss keeps for later
+calls is in it. The error is that of the gradients in the norm, of hidden states and head, against float64 on the first tokens.
 """
 
 import importlib
@@ -27,6 +29,8 @@ from minitron.distillation.losses import divergence
 from minitron.distillation.signal import Head, WholeSignal
 
 Tensor = torch.Tensor
+COMPILED = "liger, compiled"
+SIDES = ("fused, forward", "fused, recompute", "unfused", "modelopt", "liger", COMPILED)
 CHECKED = 512  # tokens whose gradients are held against float64
 
 
@@ -90,7 +94,7 @@ def modelopt() -> Loss:
     return loss
 
 
-def liger(chunk_tokens: int) -> Loss:
+def liger(chunk_tokens: int, compiled: bool) -> Loss:
     """liger-kernel's, which gives means."""
     function = importlib.import_module("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDFunction
 
@@ -98,8 +102,8 @@ def liger(chunk_tokens: int) -> Loss:
         tokens = len(given.student_TH)
         labels_T = torch.zeros(tokens, dtype=torch.long, device=given.student_TH.device)
         heads = (given.head_VH, given.teacher_TG, given.teacher_head_VG)
-        # no biases; weight of the labels 0, of the divergence 1; beta 0; no label is ignored; temperature 1; not compiled
-        return function.apply(given.student_TH, *heads, labels_T, None, None, 0.0, 1.0, 0.0, -100, 1.0, False, chunk_tokens) * tokens
+        # no biases; weight of the labels 0, of the divergence 1; beta 0; no label is ignored; temperature 1
+        return function.apply(given.student_TH, *heads, labels_T, None, None, 0.0, 1.0, 0.0, -100, 1.0, compiled, chunk_tokens) * tokens
 
     return loss
 
@@ -155,22 +159,24 @@ def sides(world: engine.World, chunk_tokens: int) -> dict[str, Callable[[], Loss
         "fused, recompute": fused(world, "recompute", chunk_tokens),
         "unfused": lambda: unfused,
         "modelopt": modelopt,
-        "liger": lambda: liger(chunk_tokens),
+        "liger": lambda: liger(chunk_tokens, compiled=False),
+        COMPILED: lambda: liger(chunk_tokens, compiled=True),
     }
 
 
-def measure(world: engine.World, shape: tuple[int, int, int], dtype: str, chunk_tokens: int, repeats: int) -> list[tuple[Any, ...]]:
-    """A row for each side."""
+def measure(world: engine.World, shape: tuple[int, int, int], dtype: str, chunk_tokens: int, repeats: int, names: list[str]) -> list[tuple[Any, ...]]:
+    """A row for each side of these names."""
     tokens, hidden, vocab = shape
     given = Inputs.random(tokens, hidden, vocab, engine.DTYPES[dtype], world.device)
     few = given.first(CHECKED)
     right, rows = exact(few), []
-    for name, make in sides(world, chunk_tokens).items():
+    for name in names:
+        make = sides(world, chunk_tokens)[name]
         head = f"{tokens} x {hidden} x {vocab}, {dtype}", name
         try:
             errors = [((mine.double() - true).norm() / true.norm()).item() for mine, true in zip(once(make(), few), right, strict=True)]
-            peak = peak_bytes(make(), given)
-            rows.append((*head, seconds(make(), given, repeats), peak / 2**20, max(errors), ""))
+            peak = None if name == COMPILED and world.device.type == "cpu" else peak_bytes(make(), given) / 2**20
+            rows.append((*head, seconds(make(), given, repeats), peak, max(errors), ""))
         except ImportError as error:
             rows.append((*head, None, None, None, f"not installed: {error.name}"))
         except torch.OutOfMemoryError:
@@ -186,13 +192,14 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=Distill.chunk_tokens, help="tokens of a chunk of the fused losses (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="what is compared (default: all)")
     options = parser.parse_args()
     rows = []
     with engine.world(Parallel(), options.device, 1) as world:
         for dtype in options.dtypes:
             for text in options.shapes:
                 tokens, hidden, vocab = map(int, text.split(","))
-                rows += measure(world, (tokens, hidden, vocab), dtype, options.chunk_tokens, options.repeats)
+                rows += measure(world, (tokens, hidden, vocab), dtype, options.chunk_tokens, options.repeats, options.sides)
     columns = {"tokens x hidden x vocabulary": "<", "side": "<", "seconds": ".3f", "peak MiB": ",.0f", "gradient error": ".1e", "": ""}
     notes = [
         f"seconds: median of {options.repeats} calls, loss and gradients, after one that is not counted; chunks of {options.chunk_tokens} tokens",

@@ -202,7 +202,7 @@ class Distill:
         "gradient of the head in between",
         allowed=("forward", "recompute"),
     )
-    chunk_tokens: int = setting(256, "tokens whose logits exist at one time inside the loss", least=1)
+    chunk_tokens: int = setting(256, "size of the memory that the loss works in: two fp32 buffers of the logits of so many tokens", least=1)
     hidden: Hidden = dataclasses.field(default_factory=Hidden)
 
     def __post_init__(self) -> None:
