@@ -40,7 +40,7 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
     groups = VERBS[verb].groups
     if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
         yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
-    if "distill" in groups:
+    if "distill" in groups or VERBS[verb].trains:
         yield Reading("valid", "train.seq_length", cfg.train.seq_length, "train.eval_tokens", cfg.train.eval_tokens, None)
     if "eval" in groups:
         length, seq_length = ("eval", cfg.eval.seq_length) if cfg.eval.seq_length is not None else ("train", cfg.train.seq_length)
@@ -51,14 +51,16 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
 def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
     groups = VERBS[verb].groups
-    trains = "distill" in groups and verb != "cache"
-    if "distill" in groups and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
+    trains, distils = VERBS[verb].trains, "distill" in groups
+    if trains and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
-    if "distill" in groups and cfg.data.separate_documents and cfg.spec == "transformer_engine":
+    if (trains or distils) and cfg.data.separate_documents and cfg.spec == "transformer_engine":
         raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")
-    if "distill" in groups and cfg.teacher.cache.folder is not None and cfg.distill.top_k is not None:
+    if distils and cfg.distill.loss == "none":
+        check_no_teacher(cfg, verb)
+    if distils and cfg.teacher.cache.folder is not None and cfg.distill.top_k is not None:
         raise refuse("distill.top_k", cfg.distill.top_k, "with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed")
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
@@ -100,7 +102,7 @@ def no_compiler(device: str) -> str | None:
 
 def check_lengths(cfg: Config, verb: str) -> None:
     """Sequences that divide by the ranks that share them, amounts that hold one (or one for each replica), steps that divide by the replicas."""
-    groups, layout = VERBS[verb].groups, cfg.parallel
+    layout = cfg.parallel
     replicas = int(os.environ.get("WORLD_SIZE", "1")) // (layout.tp * layout.pp * layout.cp)
     ways = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
     for reading in readings(cfg, verb):
@@ -113,7 +115,7 @@ def check_lengths(cfg: Config, verb: str) -> None:
             raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")
         if reading.windows is not None and reading.windows < replicas:
             raise refuse(reading.amount, reading.windows, f"at least one per data-parallel replica, {replicas}, is needed")
-    if "distill" in groups and verb != "cache":
+    if VERBS[verb].trains:
         per_step = cfg.train.micro_batch_size * replicas * (layout.pp if layout.vpp > 1 else 1)
         if per_step and cfg.train.global_batch_size % per_step:
             stages = f" x parallel.pp={layout.pp}, as parallel.vpp needs it," if layout.vpp > 1 else ""
@@ -129,7 +131,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, cfg.target)
         check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
-    elif "calibrate" in groups:
+    elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
@@ -143,7 +145,18 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
 
 def loads_teacher(cfg: Config, verb: str) -> bool:
     """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead."""
-    return "teacher" in VERBS[verb].groups and (verb != "distill" or cfg.teacher.cache.folder is None)
+    return "teacher" in VERBS[verb].groups and (verb != "distill" or (cfg.teacher.cache.folder is None and cfg.distill.loss != "none"))
+
+
+def check_no_teacher(cfg: Config, verb: str) -> None:
+    """distill.loss=none leaves nothing for a teacher to do; in `compress` evaluate still measures one."""
+    needless = "distill.loss=none has no use for a teacher: null is needed"
+    if verb == "cache":
+        raise refuse("distill.loss", "none", "there is no teacher whose predictions could be kept; minitron distill needs no cache then")
+    if cfg.teacher.cache.folder is not None:
+        raise refuse("teacher.cache.folder", cfg.teacher.cache.folder, needless)
+    if verb == "distill" and cfg.teacher.path is not None:
+        raise refuse("teacher.path", cfg.teacher.path, needless)
 
 
 def check_teacher(cfg: Config, verb: str, student: Arch, teacher: Arch) -> None:
@@ -216,5 +229,5 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
     long = [f"{name}={length}" for name, length in lengths.items() if length > arch.max_position_embeddings]
     if long and arch.rope_parameters["rope_type"] != "dynamic":  # the one kind that is made to go beyond
         yield f"{', '.join(long)}: longer than the {arch.max_position_embeddings} positions that the model knows (its max_position_embeddings)"
-    if "distill" in VERBS[verb].groups and verb != "cache" and cfg.train.warmup_steps >= cfg.train.steps:
+    if VERBS[verb].trains and cfg.train.warmup_steps >= cfg.train.steps:
         yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"

@@ -22,24 +22,26 @@ RECORD, LOCK = "stages.json", ".lock"
 # the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
 ARTIFACTS = {
     "data": "data/manifest.json", "calibrate": "importance.safetensors", "prune": "pruned/arch.json",
-    "distill": "checkpoints/step_*/metadata.json", "evaluate": "eval.json", "export": "hf/config.json",
+    "distill": "checkpoints/step_*/metadata.json", "train": "checkpoints/step_*/metadata.json", "evaluate": "eval.json", "export": "hf/config.json",
 }  # fmt: skip
+# a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there
+COMPRESSION = ("compress", "calibrate", "prune", "cache", "distill")
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
               "train.save_interval", "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
-              "teacher.cache.samples_per_file")  # fmt: skip
+              "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather")  # fmt: skip
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")
 # those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
-ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.clip_grad")
+ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.decay_steps", "train.decay_form", "train.clip_grad")
 
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
-    left_out = FREE_NAMES if "distill" in VERBS[verb].groups else (*FREE_NAMES, *TRAINING_ALONE)
+    left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
     return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out}
 
 
@@ -63,10 +65,10 @@ def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     are what a training continues from, so they bind it even unfinished, but for ADJUSTABLE, and with it the stages that they descend from.
     """
     step = trained(folder)
-    for stage in ("data", "calibrate", "prune", "distill"):
+    for stage in ("data", "calibrate", "prune", "distill", "train"):
         entry = record.get(stage, {"done": False, "settings": {}})
         settings = entry["settings"]
-        if stage == "distill" and 0 < step < settings.get("train.steps", 0):
+        if VERBS[stage].trains and 0 < step < settings.get("train.steps", 0):
             yield stage, {name: value for name, value in settings.items() if name not in ADJUSTABLE}
         elif (entry["done"] and is_there(folder, stage)) or (step and stage != "data"):
             yield stage, settings
@@ -135,17 +137,29 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
     if not (folder / RECORD).exists():
         write_json(folder / RECORD, {})
     mine, record = settings_of(cfg, verb, free=False), read_json(folder / RECORD)
+    check_kind(folder, record, verb)
     for stage, theirs in bound(folder, record):
         for name in sorted(set(mine) & set(theirs)):
             if mine[name] != theirs[name]:
                 has = f"run.dir={folder} belongs to a run whose {stage} has {shown(theirs[name])}"
                 raise refuse(name, mine[name], f"{has}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)
-    if "distill" in VERBS[verb].groups and verb != "cache" and (step := trained(folder)):
-        before = record.get("distill", {"settings": {}})["settings"]
+    if VERBS[verb].trains and (step := trained(folder)):
+        before = record.get("train" if verb == "train" else "distill", {"settings": {}})["settings"]
         changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
         if changed:
             say_once(f"{', '.join(changed)} from step {step + 1} on")
+
+
+def check_kind(folder: Path, record: dict[str, Any], verb: str) -> None:
+    """Refuse to train a model whole in the folder of a compression, and to compress in the folder of such a training."""
+    if verb == "train" and (begun := [stage for stage in COMPRESSION if stage in record]):
+        holds = "a pruned model" if is_there(folder, "prune") else f"what minitron {begun[0]} made"
+        retrain = "minitron distill retrains the pruned one, with distill.loss=none distill.cross_entropy=1 as this verb would"
+        raise refuse("run.dir", folder, f"it holds {holds}, and train is for the whole model of model.path: use another run.dir ({retrain})")
+    if verb in COMPRESSION and "train" in record:
+        further = "use another run.dir, with what minitron export makes of this one as model.path or teacher.path"
+        raise refuse("run.dir", folder, f"it holds a training of the whole model (minitron train): {further}")
 
 
 def write_config(file: Path, cfg: Config, verb: str) -> None:

@@ -172,6 +172,10 @@ class Session:
             model.offload(world.device)
         return model
 
+    def load_whole(self) -> engine.Model:
+        """The model of model.path as it is trained."""
+        return load(self.source, self.world, self.dtype, self.spec(self.source.arch), self.cfg.train.recompute)
+
     def load_pruned(self) -> engine.Model:
         """The pruned model, before any retraining."""
         if not engine.on_main(self.world, self.pruned.is_dir):
@@ -182,16 +186,20 @@ class Session:
         """The student of the newest checkpoint."""
         step = engine.on_main(self.world, self.checkpoints.latest)
         if step is None:
-            raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them")
+            raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them, or minitron train")
         return self._load(self.checkpoints.path(step))
 
     def _load(self, folder: Path) -> engine.Model:
-        return engine.load_model(folder, self.world, self.dtype, self.spec(self.source.arch))
+        return engine.load_model(folder, self.world, self.dtype, self.spec(self.source.arch), self.cfg.train.recompute)
 
     def spec(self, arch: Arch) -> str:
         """The spec that a model is trained and evaluated with. Raises RequestError where what is asked for can't be had."""
-        separate = self.cfg.data.separate_documents and "distill" in VERBS[self.verb].groups
+        separate = self.cfg.data.separate_documents and (VERBS[self.verb].trains or self.verb == "cache")
         return engine.pick_spec(self.cfg.spec, arch, self.world, separate)
+
+    def is_whole(self) -> bool:
+        """Whether the folder is that of a model trained whole (`train`), not of a compression."""
+        return "train" in read_json(self.folder / RECORD)
 
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""
@@ -231,21 +239,19 @@ class Session:
         engine.on_main(self.world, note)
 
     def check_descent(self) -> None:
-        """Refuse checkpoints that were trained from another pruned model, or by another teacher, than the one that is here now."""
-        file, fingerprint = self.checkpoints.folder / "pruned_from", self.source.fingerprint()
-        if self.cfg.teacher.path is not None:
+        """Refuse checkpoints that were trained from another model, or by another teacher, than the one that is here now."""
+        whole, fingerprint = self.verb == "train", self.source.fingerprint()
+        file = self.checkpoints.folder / ("trained_from" if whole else "pruned_from")
+        if self.cfg.teacher.path is not None and self.cfg.distill.loss != "none":
             fingerprint += "-" + self.teacher_source.fingerprint()
 
         def look() -> None:
-            mine = sha256(self.folder / "keep.safetensors")[:16] + "-" + fingerprint
+            mine = fingerprint if whole else sha256(self.folder / "keep.safetensors")[:16] + "-" + fingerprint
             if self.checkpoints.latest() is None:
                 write_text(file, mine + "\n")
             elif not file.exists() or file.read_text().strip() != mine:
-                raise refuse(
-                    "run.dir",
-                    self.folder,
-                    "its checkpoints were trained from another pruned model, or by another teacher; remove checkpoints/ or use another run.dir",
-                )
+                other = "another model than model.path has now" if whole else "another pruned model, or by another teacher"
+                raise refuse("run.dir", self.folder, f"its checkpoints were trained from {other}; remove checkpoints/ or use another run.dir")
 
         engine.on_main(self.world, look)
 

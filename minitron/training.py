@@ -15,8 +15,8 @@ from minitron.session import Session, stop_on_signal
 if TYPE_CHECKING:
     from minitron.data.corpus import TrainingSamples
 
-# figures of a step -> what they are beside the bar: the two losses are different quantities
-SHOWN = {"loss": "distillation loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
+# figures of a step -> what they are beside the bar: the losses are different quantities
+SHOWN = {"kd_loss": "distillation loss", "ce_loss": "next-token loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
 
 
 def train(opened: Session, model: engine.Model, loss: Callable[[int, list[engine.Batch]], engine.StepLoss], extras: dict[str, engine.Extra]) -> None:
@@ -69,7 +69,8 @@ class _metrics:
             self.opened.world,
             lambda: Tracker(self.opened.folder, start_step=self.start_step, logging=cfg.logging, config=dataclasses.asdict(cfg)),
         )
-        self.bar = progress("distill", cfg.train.steps, cfg.logging.progress and main, start=self.start_step)
+        verb = "train" if self.opened.verb == "train" else "distill"
+        self.bar = progress(verb, cfg.train.steps, cfg.logging.progress and main, start=self.start_step)
         advance = self.bar.__enter__()
 
         def report(line: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def overview(width: int) -> str:
 
 def verb_help(verb: str, width: int) -> str:
     """`minitron VERB --help`: every setting the verb reads, with its default, meaning, type and allowed values."""
-    summary, read, needs = VERBS[verb]
+    summary, read, needs, _ = VERBS[verb]
     usage = [
         (f"minitron {verb} [recipe=NAME] [SETTING=VALUE ...]", ""),
         (f"torchrun --nproc-per-node=8 -m minitron {verb} ...", "the same on eight GPUs"),

@@ -187,8 +187,9 @@ class Hidden:
 class Distill:
     loss: str = setting(
         "forward_kl",
-        "distillation loss on the logits: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence between the two",
-        allowed=("forward_kl", "reverse_kl", "jsd"),
+        "distillation loss on the logits: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence between the two; "
+        "none: no teacher is loaded, and the student learns the next token of the text by distill.cross_entropy",
+        allowed=("forward_kl", "reverse_kl", "jsd", "none"),
     )
     beta: float = setting(0.5, "jsd: the teacher's share of the mixture", above=0)
     temperature: float = setting(1.0, "temperature of both distributions; the loss is scaled by its square", above=0)
@@ -208,6 +209,16 @@ class Distill:
     def __post_init__(self) -> None:
         if self.beta >= 1:
             raise refuse("distill.beta", self.beta, "less than 1 is needed")
+        if self.loss == "none":
+            alone = "distill.loss=none has no teacher to compare with: "
+            if self.cross_entropy == 0:
+                raise refuse("distill.cross_entropy", self.cross_entropy, "nothing is left to train on with distill.loss=none: more than 0 is needed")
+            if self.top_k is not None:
+                raise refuse("distill.top_k", self.top_k, alone + "null is needed")
+            if self.temperature != 1.0:
+                raise refuse("distill.temperature", self.temperature, alone + "1.0 is needed")
+            if self.hidden.enabled:
+                raise refuse("distill.hidden.enabled", True, alone + "false is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +230,32 @@ class Train:
     lr: float = setting(1e-4, "peak learning rate", above=0)
     min_lr: float = setting(1e-5, "learning rate at the end of the decay", least=0)
     warmup_steps: int = setting(40, "steps of linear warm-up, at most train.steps - 1", least=0)
-    schedule: str = setting("cosine", "decay after the warm-up", allowed=("cosine", "linear", "constant"))
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", least=0)
+    schedule: str = setting(
+        "cosine",
+        "learning rate after the warm-up: a cosine or a line down to train.min_lr at the last step; constant; wsd (warm-up, stable, decay): "
+        "constant, then down over the last train.decay_steps",
+        allowed=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_steps: int | None = setting(None, "wsd: steps of the decay, the last ones of train.steps (needed there)", least=1)
+    decay_form: str = setting(
+        "minus_sqrt",
+        "wsd: what is left of the distance to train.min_lr where a share x of the decay is done: 1 - x, a half cosine, 2^(1-x) - 1, 1 - sqrt(x)",
+        allowed=("linear", "cosine", "exponential", "minus_sqrt"),
+    )
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only (embeddings are; norms and biases are not)", least=0)
     beta1: float = setting(0.9, "Adam's first decay", least=0, most=0.9999)
     beta2: float = setting(0.95, "Adam's second decay", least=0, most=0.99999)
     clip_grad: float = setting(1.0, "gradients are scaled down to this norm (0: never)", least=0)
+    recompute: str = setting(
+        "none",
+        "activations of the trained model that are made once more for the backward pass instead of being held: none; selective, those of attention "
+        "and MLP; full, all but each block's input",
+        allowed=("none", "selective", "full"),
+    )
+    overlap_grad_reduce: bool = setting(False, "replicas add up the gradients of a bucket while the backward pass goes on with the next")
+    overlap_param_gather: bool = setting(
+        False, "replicas gather the parameters of a bucket, after an update, while the next forward pass goes on; needs train.overlap_grad_reduce"
+    )
     save_interval: int = setting(500, "steps between checkpoints", least=1)
     eval_interval: int = setting(100, "steps between validations", least=1)
     eval_tokens: int = setting(16384, "tokens of data.valid that one validation reads", least=1)
@@ -233,6 +265,16 @@ class Train:
             raise refuse("train.global_batch_size", self.global_batch_size, f"a multiple of train.micro_batch_size={self.micro_batch_size} is needed")
         if self.min_lr > self.lr:
             raise refuse("train.min_lr", self.min_lr, f"at most train.lr={self.lr} is allowed")
+        if self.schedule == "wsd" and not 1 <= (self.decay_steps or 0) <= (most := self.steps - self.warmup):
+            allowed = f"1 to {most} steps, what the warm-up leaves of train.steps={self.steps}, are needed with train.schedule=wsd"
+            raise refuse("train.decay_steps", self.decay_steps, allowed)
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise refuse("train.overlap_param_gather", True, "train.overlap_grad_reduce=true is needed with it")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up as they are done: it ends before the training does."""
+        return min(self.warmup_steps, self.steps - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,12 @@ COMMON = ("device", "spec", "dtype", "seed")
 
 
 class Verb(NamedTuple):
-    """`needs` names settings without which the verb is refused; `a | b` means at least one of them."""
+    """`needs` names settings without which the verb is refused; `a | b` means at least one of them. `trains`: takes optimizer steps."""
 
     summary: str
     groups: tuple[str, ...]
     needs: tuple[str, ...]
+    trains: bool = False
 
 
 VERBS: dict[str, Verb] = {
@@ -22,6 +23,7 @@ VERBS: dict[str, Verb] = {
         "the whole pipeline: data, calibrate, prune, distill, evaluate, export and report; continues where it stopped",
         ("run", "model", "target", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train", AXES),
+        trains=True,
     ),
     "data": Verb(
         "tokenise text into Megatron's indexed files",
@@ -47,14 +49,21 @@ VERBS: dict[str, Verb] = {
         "retrain the pruned model to match the teacher's predictions",
         ("run", "model", "data", "teacher", "distill", "train", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train"),
+        trains=True,
+    ),
+    "train": Verb(
+        "train the model itself, whole, on the next token of the text, in a run.dir of its own: a teacher is corrected to the data before it teaches",
+        ("run", "model", "data", "train", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train"),
+        trains=True,
     ),
     "evaluate": Verb(
-        "loss and perplexity of the teacher, the pruned model and the student",
+        "loss and perplexity of the teacher, the pruned model and the student, or of a model before and after minitron train",
         ("run", "model", "data", "teacher", "train", "eval", "parallel", *COMMON),
         ("run.dir", "model.path", "data.train | data.valid"),
     ),
     "export": Verb(
-        "write the student as a Hugging Face folder that transformers and vLLM load as it is",
+        "write the student, or what minitron train made, as a Hugging Face folder that transformers and vLLM load as it is",
         ("run", "model", "parallel", *COMMON),
         ("run.dir", "model.path"),
     ),

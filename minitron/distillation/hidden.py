@@ -12,6 +12,7 @@ Legend: B microbatch, S sequence (a rank's part under sequence and context paral
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -198,6 +199,7 @@ class HiddenLoss:
         self.projection = Projection(student.arch.hidden_size, teacher.arch.hidden_size, train, seed, world) if settings.projection else None
         self.teacher_states = TeacherStates(pairs, student, teacher, world)
         self.current: int | None = None
+        self.waiting: list[deque[Tensor]] = [deque() for _ in pairs]  # per pair, gradients of passes that will be made once more
         self.masks_SB: list[Tensor] = []
         self.total = torch.zeros((), dtype=torch.float64, device=world.device)
         hook_points(student, [(pair.student, self._joiner(index)) for index, pair in enumerate(pairs)])
@@ -207,6 +209,8 @@ class HiddenLoss:
         self.masks_SB = [mask_here(batch, self.world) for batch in batches]
         self.teacher_states.bring([(mask_SB.shape[0], mask_SB.shape[1]) for mask_SB in self.masks_SB])
         self.total.zero_()
+        for gradients in self.waiting:
+            gradients.clear()
         if self.projection is not None:
             self.projection.gradient_GH.zero_()
 
@@ -219,11 +223,22 @@ class HiddenLoss:
         self.current = None
 
     def _joiner(self, pair: int) -> Callable[[Tensor], Tensor | None]:
+        """What a student's point does: of a pass that will be made once more in the backward pass (train.recompute), nothing but the second
+        time leads gradients back. Microbatches come back through a chunk in the order in which they went forward."""
+        waiting = self.waiting[pair]
+
         def join(hidden_SBH: Tensor) -> Tensor | None:
+            if engine.recomputing():
+                second: Tensor = _Joined.apply(hidden_SBH, waiting.popleft())
+                return second
             if self.current is None:
                 return None
             teacher_SBG, mask_SB = self.teacher_states.states.pop((self.current, pair)), self.masks_SB[self.current]
-            joined: Tensor = _Joined.apply(hidden_SBH, self._gradient(hidden_SBH.detach(), teacher_SBG, mask_SB))
+            gradient_SBH = self._gradient(hidden_SBH.detach(), teacher_SBG, mask_SB)
+            if not torch.is_grad_enabled():  # to be made once more
+                waiting.append(gradient_SBH)
+                return None
+            joined: Tensor = _Joined.apply(hidden_SBH, gradient_SBH)
             return joined
 
         return join

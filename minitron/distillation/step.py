@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill, world: engine.World, hidden: HiddenLoss | None = None) -> ForStep:
     """The trainer's `loss`: asks the teacher about a step's microbatches, then gives the student's loss of each.
 
-    Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5), unless `settings` say otherwise.
+    Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5), unless `settings` say otherwise;
+    with their loss "none", and `NoTeacher`, the cross-entropy alone.
     `hidden` adds its loss; its `teacher_states` watch this teacher's passes.
     """
 
@@ -40,8 +41,9 @@ def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill
             signal, head = signals.pop(number), Head(*engine.live_head(student, world))  # freed as soon as it is used
             losses = linear_distillation(hidden_TH, head, signal, mask_T, world, settings, labels_T, scratch)
             tokens = mask_T.sum(dtype=torch.int)
-            logs = {"loss": losses.total.detach(), "kd_loss": losses.kd, "tokens": tokens}
-            return losses.total, tokens, logs | ({"ce_loss": losses.ce} if settings.cross_entropy > 0 else {})
+            parts = {"kd_loss": losses.kd} if settings.loss != "none" else {}
+            parts |= {"ce_loss": losses.ce} if settings.cross_entropy > 0 else {}
+            return losses.total, tokens, {"loss": losses.total.detach(), **parts, "tokens": tokens}
 
         if hidden is None:
             return engine.StepLoss(loss)

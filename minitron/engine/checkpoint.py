@@ -183,9 +183,9 @@ def notes(model: Model) -> dict[str, str]:
     return {"arch.json": json.dumps(model.arch.to_dict(), indent=2) + "\n", "unit_order.json": json.dumps(order) + "\n"}
 
 
-def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> Model:
     """Read a model that `save_model` or a training run wrote, at this layout."""
-    model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec)
+    model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec, recompute)
     model.unit_order = read_order(folder)
     loaded = load_sharded({"model": model_state(model, world)}, folder)
     fill(model, loaded["model"])
@@ -204,9 +204,9 @@ def fill(model: Model, tensors: dict[str, Any]) -> None:
     assert not missing and not result.unexpected_keys, f"not loaded: {missing}, unknown: {result.unexpected_keys}"
 
 
-def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> Model:
     """A model whose parameters are allocated and zero."""
-    model = skeleton(arch, world, dtype, spec)
+    model = skeleton(arch, world, dtype, spec, recompute)
     for name, row, layer in rows(model):
         put(model, name, row, layer, torch.zeros(shard_shape(row, arch.layer(layer), world.tp), dtype=dtype, device=world.device))
     return model

@@ -88,9 +88,9 @@ class Model(torch.nn.ModuleList):
         return last.embedding.word_embeddings.weight if own is None else own
 
 
-def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch") -> Model:
+def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> Model:
     """This rank's part of the model without memory: every parameter lies on the meta device until it is put in place."""
-    config = transformer_config(arch, world, dtype, spec)
+    config = transformer_config(arch, world, dtype, spec, recompute)
     chunks = []
     for number in range(world.vpp):
         vp_stage = number if world.vpp > 1 else None

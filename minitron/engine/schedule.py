@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import is_checkpointing
 
 from minitron.engine.attention import documents_mask, sequence_part, whole_context
 from minitron.engine.batch import Batch
@@ -101,6 +102,11 @@ def forward_backward(
     inputs: list[Inputs] = [(batch.inputs_BS, batch.documents_BS) for batch in batches]
     logs: list[dict[str, Tensor]] = run_schedule(list(wrapped), step, inputs, world, forward_only=False)
     return logs
+
+
+def recomputing() -> bool:
+    """Whether this is the second pass through a block whose activations were not held (train.recompute), inside the backward pass."""
+    return bool(is_checkpointing()) and torch.is_grad_enabled()
 
 
 def run_chunk(chunk: Any, inputs: Inputs, world: World) -> Tensor:

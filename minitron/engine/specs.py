@@ -38,8 +38,8 @@ class BlockConfigs(TransformerConfig):
         return config
 
 
-def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str) -> BlockConfigs:
-    """Megatron's own settings for this architecture, layout and spec."""
+def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, recompute: str = "none") -> BlockConfigs:
+    """Megatron's own settings for this architecture, layout and spec; `recompute` as train.recompute says."""
     whole = padded(arch, world.tp)
     config = BlockConfigs(
         num_layers=whole.num_layers,
@@ -77,6 +77,7 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str) 
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **recomputed(recompute, arch),
     )
     if world.vpp > 1 and world.device.type == "cuda":
         # each direction on a communicator of its own: with two stages, the previous and the next rank are one peer
@@ -85,6 +86,17 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str) 
     config.heterogeneous_block_specs = bool(arch.layers)
     config.blocks = tuple(padded(arch.layer(number), world.tp) for number in range(arch.num_layers))
     return config
+
+
+def recomputed(recompute: str, arch: Arch) -> dict[str, Any]:
+    """train.recompute in Megatron's words. An MLP with biases is left out of `selective`: Megatron's checkpoint of it would return a bias, a
+    parameter, as its own output, and so take it out of training."""
+    words: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *([] if arch.add_bias_linear else ["mlp"])]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return words[recompute]
 
 
 def pipeline_layout(arch: Arch, world: World) -> list[list[str]] | None:

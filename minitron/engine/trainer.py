@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.utils.hooks import RemovableHandle
 
 from minitron.config.schema import Train
 from minitron.engine.batch import Batch
@@ -77,11 +78,21 @@ class Trainer:
     def __init__(self, model: Model, settings: Train, world: World, extras: dict[str, Extra] | None = None) -> None:
         self.model, self.settings, self.world, self.step, self.extras = model, settings, world, 0, extras or {}
         config = model.config
-        buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.wrapped = [DistributedDataParallel(config, buffers, chunk, pg_collection=world.groups) for chunk in model.chunks]
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=settings.overlap_grad_reduce,
+            overlap_param_gather=settings.overlap_param_gather,
+        )
+        # of virtual stages the first alone is cut into buckets, as Megatron does: the others are reduced while it computes
+        self.wrapped = [
+            DistributedDataParallel(config, buffers, chunk, disable_bucketing=number > 0, pg_collection=world.groups)
+            for number, chunk in enumerate(model.chunks)
+        ]
         config.finalize_model_grads_func = finalize_model_grads
-        no_sync = [wrapped.no_sync for wrapped in self.wrapped]
-        config.no_sync_func = no_sync if world.vpp > 1 else no_sync[0]
+        config.no_sync_func = per_chunk([wrapped.no_sync for wrapped in self.wrapped])
+        config.grad_sync_func = per_chunk([wrapped.start_grad_sync for wrapped in self.wrapped]) if settings.overlap_grad_reduce else None
+        self.head_sync = gather_before_use(model, self.wrapped[-1]) if settings.overlap_param_gather else None
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -105,9 +116,11 @@ class Trainer:
             init_lr=0.0,
             max_lr=settings.lr,
             min_lr=settings.min_lr,
-            lr_warmup_steps=min(settings.warmup_steps, settings.steps - 1),
+            lr_warmup_steps=settings.warmup,
             lr_decay_steps=settings.steps,
-            lr_decay_style=settings.schedule,
+            lr_decay_style={"wsd": "WSD"}.get(settings.schedule, settings.schedule),
+            wsd_decay_steps=settings.decay_steps,
+            lr_wsd_decay_style=settings.decay_form,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
@@ -167,12 +180,39 @@ class Trainer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.settings.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
 
+    def settle(self) -> None:
+        """Every parameter is what the last update made of it, on every rank: with train.overlap_param_gather the next pass would see to that."""
+        if self.settings.overlap_param_gather:
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
+
     def close(self) -> None:
         """Let go of gradients and optimizer state: Megatron ties them to the model in cycles that outlive it."""
+        if self.head_sync is not None:
+            self.head_sync.remove()
         for wrapped in self.wrapped:
+            if self.settings.overlap_param_gather:
+                wrapped.disable_forward_pre_hook(param_sync=True)
             wrapped.grad_accs.clear()
         config = self.model.config
-        config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
+        config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.finalize_model_grads_func = None
+
+
+def per_chunk(functions: list[Any]) -> Any:
+    """As Megatron's schedules want them: one function, or a list of virtual stages'."""
+    return functions if len(functions) > 1 else functions[0]
+
+
+def gather_before_use(model: Model, last: DistributedDataParallel) -> RemovableHandle | None:
+    """Have the head's parameters gathered before a pass ends: the loss uses them outside the module for which Megatron would wait.
+
+    Tied to the embedding on one rank they are waited for there. Returns the hook, None on stages before the last.
+    """
+    chunk = model.chunks[-1]
+    if not chunk.post_process or chunk.output_layer.weight is None:
+        return None
+    wait = last._make_forward_pre_hook()
+    return chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *unused: wait(chunk.output_layer))
 
 
 def use_fused_adam(optimizer: Any) -> None:
@@ -241,11 +281,13 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
             del metrics["counted_tokens"]
         if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
+            trainer.settle()
             metrics |= task.validate()
         report(task, metrics, world)
         stopping = stop_requested()
         due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
         if due or trainer.step == settings.steps or stopping:
+            trainer.settle()
             checkpoints.save(trainer)
         if stopping and trainer.step < settings.steps:
             checkpoints.stop(trainer)

@@ -26,7 +26,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from minitron.reporting.results import HELD_OUT, MODELS, STUDENT, Evals, Row, rows, task_rows
+from minitron.reporting.results import HELD_OUT, RESULTS, STUDENT, Evals, Row, models_of, rows, task_rows
 from minitron.reporting.wording import ABSENT, counted, decimal, percent, size
 
 Advance = Callable[..., None]
@@ -197,7 +197,7 @@ def final_table(evals: Evals, notes: Mapping[str, str] | None = None, *, console
         names = max(10, console.width // 7)
         console.print(fitting((_losses(found, LEFT_OUT[:count], names) for count in range(len(LEFT_OUT) + 1)), console))
     if tasks := task_rows(evals):
-        console.print(_tasks(tasks))
+        console.print(_tasks(tasks, models_of(evals)))
     for what, where in (notes or {}).items():
         console.print(Text.assemble((f" {what:<8} ", "dim"), where), soft_wrap=True, highlight=False)
 
@@ -223,15 +223,15 @@ def _losses(found: list[Row], left_out: tuple[str, ...], names: int) -> Table:
         if first and previous is not None:
             table.add_section()
         numbers = [Text(write(row)) for _, write in shown]
-        table.add_row(Text(row.text if first else ""), Text(row.model), *numbers, style="bold" if row.model == STUDENT else None)
+        table.add_row(Text(row.text if first else ""), Text(row.model), *numbers, style="bold" if row.model in RESULTS else None)
         previous = row.text
     return table
 
 
-def _tasks(tasks: list[tuple[str, list[float | None]]]) -> Table:
+def _tasks(tasks: list[tuple[str, list[float | None]]], models: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
-    for heading in MODELS:
+    for heading in models:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in tasks:
         table.add_row(Text(name), *(ABSENT if value is None else f"{value:.4g}" for value in values))

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from minitron.arch import Arch
 from minitron.arch.axes import dim_size, parameters
 from minitron.reporting.drawing import LIGHT, bare, boxes, draw, heat_key, heat_map, layer_ticks
-from minitron.reporting.results import MODELS, Evals, gap_on, measured, text_names
+from minitron.reporting.results import Evals, gap_on, measured, models_of, text_names
 from minitron.reporting.runfiles import Arrays
 from minitron.reporting.wording import decimal, percent, ranged, ratio, size, size_of
 
@@ -358,23 +358,24 @@ def train_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
 
 
 def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Picture | None:
-    """The validation loss over tokens between the pruned model's and the teacher's; None if none was logged."""
+    """The validation loss over tokens, with the levels of the models it started and learned from; None if none was logged."""
     tokens, loss = series(metrics, "valid_loss")
     if not len(tokens):
         return None
-    losses = {key: evals.get(key, {}).get("loss") for key in ("pruned", "teacher")}
+    *others, result = models_of(evals)
+    losses = {key: evals.get(key, {}).get("loss") for key in others}
     levels = {key: value for key, value in losses.items() if value is not None and math.isfinite(value)}
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(axis="y")
-        for key, color, above in (("pruned", CUT, 3), ("teacher", MUTED, -12)):
+        for key, color, above in (("pruned", CUT, 3), ("teacher", MUTED, -12), ("original", MUTED, 3)):
             if key in levels:
                 axes.axhline(levels[key], color=color, linewidth=1.2, linestyle=(0, (4, 2)))
                 axes.annotate(f"{key} {decimal(levels[key])}", (1, levels[key]), (0, above), xycoords=("axes fraction", "data"),
                               textcoords="offset points", ha="right", color=color)  # fmt: skip
         axes.plot(*thin(tokens, loss, DOTS_SHOWN), "-o", color=KEPT, linewidth=1.8, markersize=3)
-        axes.annotate(f"student {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
+        axes.annotate(f"{result} {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
         axes.margins(y=0.12)
         axes.set_ylabel("loss (nats per token)")
         tokens_axis(axes, tokens[-1])
@@ -384,13 +385,14 @@ def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Pict
     )
 
 
-DOTS = {"teacher": (MUTED, 9), "pruned": (CUT, 9), "student": (KEPT, -18)}  # colour, and points that the label lies above
+# colour, and points that the label lies above
+DOTS = {"teacher": (MUTED, 9), "pruned": (CUT, 9), "student": (KEPT, -18), "original": (MUTED, 9), "trained": (KEPT, -18)}
 
 
 def loss_dots(evals: Evals) -> Picture:
     """Every text's losses on one line each: how far pruning went from the teacher, and how far distillation came back."""
     texts = text_names(evals)
-    losses = {text: {key: measured(evals, key, text).get("loss") for key in MODELS} for text in texts}
+    losses = {text: {key: measured(evals, key, text).get("loss") for key in models_of(evals)} for text in texts}
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -411,5 +413,6 @@ def loss_dots(evals: Evals) -> Picture:
         axes.margins(x=0.08)
         bare(axes)
 
-    caption = "Grey: teacher. Orange: pruned. Blue: student. Further left is better."
+    names = {MUTED: "Grey", CUT: "Orange", KEPT: "Blue"}
+    caption = " ".join(f"{names[DOTS[key][0]]}: {key}." for key in models_of(evals)) + " Further left is better."
     return Picture("Loss on every text", caption, draw("losses", 60 + 75 * len(texts), paint))

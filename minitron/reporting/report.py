@@ -8,7 +8,7 @@ from minitron.arch import Arch
 from minitron.arch.counts import count
 from minitron.files import write_text
 from minitron.reporting import page, pictures
-from minitron.reporting.results import HELD_OUT, MODELS, STUDENT, Evals, gap_on, rows, task_rows
+from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.wording import ABSENT, SIZES, decimal, kept_of, percent, ratio, size, size_of
 
@@ -29,9 +29,12 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunFiles) -> str:
     """The whole page."""
     name = model_name(run)
-    sections = (summary, architecture, importance, training, evaluation, loading, settings)
-    body = "\n".join(part(run) for part in sections)
-    header, footer = page.header("Compression report", name, lead(run)), page.footer(f"minitron {minitron.__version__} · {run.path}")
+    compression = () if run.whole else (architecture, importance)
+    body = "\n".join(part(run) for part in (summary, *compression, training, evaluation, loading, settings))
+    header, footer = (
+        page.header("Training report" if run.whole else "Compression report", name, lead(run)),
+        page.footer(f"minitron {minitron.__version__} · {run.path}"),
+    )
     return page.page(f"{name} · minitron", f"{header}\n<main>\n{body}\n</main>\n{footer}")
 
 
@@ -48,9 +51,12 @@ def lead(run: RunFiles) -> str:
         before, after = run.original.num_parameters(), run.pruned.num_parameters()
         sentences.append(f"<strong>{size(before)}</strong> parameters became <strong>{size(after)}</strong>.")
     gap = gap_on(run.evals or {}, HELD_OUT)
+    tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
+    over = f" over {size(tokens[-1])} tokens" if tokens else ""
+    if run.evals and set(WHOLE) <= set(run.evals):
+        before, after = (decimal(run.evals[key].get("loss"), 3) for key in WHOLE)
+        sentences.append(f"Training{over} took the held-out loss from {before} to <strong>{after}</strong>.")
     if gap is not None:
-        tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
-        over = f" over {size(tokens[-1])} tokens" if tokens else ""
         sentences.append(f"Pruning raised the held-out loss; distillation{over} took back <strong>{percent(gap)}</strong> of that.")
     return " ".join(sentences)
 
@@ -65,32 +71,34 @@ def summary(run: RunFiles) -> str:
 def headline(run: RunFiles) -> list[tuple[str, str, str]]:
     """Parameters, loss, perplexity and the gap closed, each with a note."""
     evals: Evals = run.evals or {}
-    before = run.original.num_parameters() if run.original else evals.get("teacher", {}).get("params")
-    after = run.pruned.num_parameters() if run.pruned else evals.get("student", evals.get("pruned", {})).get("params")
-    latest = next((key for key in reversed(MODELS) if key in evals), STUDENT)
+    models = models_of(evals)
+    before = run.original.num_parameters() if run.original else evals.get(models[0], {}).get("params")
+    after = run.pruned.num_parameters() if run.pruned else evals.get(models[-1], evals.get("pruned", {})).get("params")
+    latest = next((key for key in reversed(models) if key in evals), STUDENT)
 
     def against(name: str, digits: int) -> tuple[str, str]:
-        others = [f"{key} {decimal(evals[key].get(name), digits)}" for key in MODELS if key in evals and key != latest]
+        others = [f"{key} {decimal(evals[key].get(name), digits)}" for key in models if key in evals and key != latest]
         return decimal(evals.get(latest, {}).get(name), digits), " · ".join(others)
 
     gap = gap_on(evals, HELD_OUT)
-    return [
+    figures = [
         ("Parameters", size(after), f"{percent(ratio(after, before))} of {size(before)}"),
         (f"Held-out loss, {latest}", *against("loss", 3)),
         (f"Perplexity, {latest}", *against("perplexity", 2)),
-        ("Loss gap closed", percent(gap), "0 % is pruned, 100 % is the teacher"),
     ]
+    return figures if run.whole else [*figures, ("Loss gap closed", percent(gap), "0 % is pruned, 100 % is the teacher")]
 
 
 def outcome(evals: Evals) -> str:
     """The models on the held-out text."""
-    teacher = evals.get("teacher", {}).get("params")
+    models = models_of(evals)
+    teacher = evals.get(models[0], {}).get("params")
     lines = [
         (row.model, size(row.parameters), percent(ratio(row.parameters, teacher)), decimal(row.loss, 3), decimal(row.perplexity),
          percent(row.gap_closed) if row.model == STUDENT else "")
         for row in rows(evals) if row.text == HELD_OUT
     ]  # fmt: skip
-    return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=STUDENT)
+    return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=models[-1])
 
 
 def architecture(run: RunFiles) -> str:
@@ -139,7 +147,7 @@ def importance(run: RunFiles) -> str:
 def training(run: RunFiles) -> str:
     """How the losses went."""
     if not run.metrics:
-        return page.section("training", "Training", page.absent("metrics.jsonl", "distill"))
+        return page.section("training", "Training", page.absent("metrics.jsonl", "train" if run.whole else "distill"))
     drawn = (pictures.train_curve(run.metrics), pictures.validation_curve(run.metrics, run.evals or {}))
     return page.section("training", "Training", page.grid(*(page.card(picture) for picture in drawn if picture is not None)))
 
@@ -155,11 +163,11 @@ def evaluation(run: RunFiles) -> str:
         speed = decimal(row.tokens_per_second, 0) if row.text == HELD_OUT else ""
         lines.append(("" if row.text == previous else row.text, row.model, decimal(row.loss, 3), decimal(row.perplexity), gap, speed))
         previous = row.text
-    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=STUDENT, texts=2)
+    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=models_of(run.evals)[-1], texts=2)
     cards = [page.table_card("Texts", losses), page.card(pictures.loss_dots(run.evals))]
     if tasks := task_rows(run.evals):
         shown = [(name, *(ABSENT if value is None else f"{value:.4g}" for value in values)) for name, values in tasks]
-        cards.append(page.table_card("Tasks", page.table(("Task", *map(str.capitalize, MODELS)), shown)))
+        cards.append(page.table_card("Tasks", page.table(("Task", *map(str.capitalize, models_of(run.evals))), shown)))
     return page.section("evaluation", "Evaluation", page.grid(*cards))
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MODELS = ("teacher", "pruned", "student")  # the keys of eval.json, and what a reader sees
+WHOLE = ("original", "trained")  # those where a model was trained whole
 STUDENT = "student"
+RESULTS = (STUDENT, "trained")  # what a run is for
 HELD_OUT = "held-out"
 
 Evals = Mapping[str, Mapping[str, Any]]
@@ -36,9 +38,14 @@ def gap_closed(teacher: float | None, pruned: float | None, student: float | Non
     return (pruned - student) / (pruned - teacher) if pruned > teacher else None
 
 
+def models_of(evals: Evals) -> tuple[str, ...]:
+    """The keys that these evaluations are of, in their order."""
+    return WHOLE if WHOLE[0] in evals else MODELS
+
+
 def text_names(evals: Evals) -> list[str]:
     """The texts that any of the models was measured on, the held-out one first."""
-    names = dict.fromkeys(name for key in MODELS for name in evals.get(key, {}).get("texts", {}))
+    names = dict.fromkeys(name for key in models_of(evals) for name in evals.get(key, {}).get("texts", {}))
     return [HELD_OUT, *names]
 
 
@@ -54,7 +61,7 @@ def gap_on(evals: Evals, text: str) -> float | None:
 
 
 def rows(evals: Evals) -> list[Row]:
-    """Every model on every text, text by text, in the order of `MODELS`; models without measurements are left out."""
+    """Every model on every text, text by text, in the order of `models_of`; models without measurements are left out."""
     return [
         Row(
             text=text,
@@ -66,16 +73,16 @@ def rows(evals: Evals) -> list[Row]:
             tokens_per_second=evals[key].get("tokens_per_second") if text == HELD_OUT else None,
         )
         for text in text_names(evals)
-        for key in MODELS
+        for key in models_of(evals)
         if measured(evals, key, text)
     ]
 
 
 def task_rows(evals: Evals) -> list[tuple[str, list[float | None]]]:
-    """Every number of every task as (name, one value per model of `MODELS`)."""
-    found = {key: dict(_numbers(evals.get(key, {}).get("tasks", {}))) for key in MODELS}
+    """Every number of every task as (name, one value per model of `models_of`)."""
+    found = {key: dict(_numbers(evals.get(key, {}).get("tasks", {}))) for key in models_of(evals)}
     names = dict.fromkeys(name for values in found.values() for name in values)
-    return [(name, [found[key].get(name) for key in MODELS]) for name in names]
+    return [(name, [values.get(name) for values in found.values()]) for name in names]
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

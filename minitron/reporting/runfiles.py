@@ -16,7 +16,7 @@ from minitron.arch import Arch
 from minitron.errors import RequestError, refuse
 from minitron.files import read_json
 
-METRICS = "metrics.jsonl"
+METRICS, RECORD = "metrics.jsonl", "stages.json"
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -39,6 +39,7 @@ class RunFiles:
     evals: dict[str, Any] | None
     config: str | None
     exported: bool
+    whole: bool  # one model trained as it is (`minitron train`), nothing compressed
 
     def setting(self, name: str) -> Any:
         """A setting by its dotted name; None if it, or config.yaml, is absent."""
@@ -63,6 +64,7 @@ def read_run(run_dir: Path) -> RunFiles:
         evals=read_json(run_dir / "eval.json") if (run_dir / "eval.json").exists() else None,
         config=read_config(run_dir / "config.yaml"),
         exported=(run_dir / "hf" / "config.json").exists(),
+        whole=(run_dir / RECORD).exists() and "train" in read_json(run_dir / RECORD),
     )
 
 

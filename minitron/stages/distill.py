@@ -1,4 +1,4 @@
-"""`minitron distill`: retrain the pruned model from the co-located teacher."""
+"""`minitron distill`: retrain the pruned model from a teacher, co-located or cached, or with distill.loss=none on the text alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from minitron import engine
 from minitron.config.schema import Config
 from minitron.distillation.cache import Cache, CachedTeacher
 from minitron.distillation.hidden import HiddenLoss
-from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, Teacher
+from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, NoTeacher, Teacher
 from minitron.distillation.step import distillation_loss
 from minitron.reporting.console import progress, say
 from minitron.reporting.wording import counted
@@ -26,16 +26,23 @@ def work(opened: Session) -> None:
     opened.mark("distill", done=False)
     cfg, world = opened.cfg, opened.world
     opened.training_samples  # noqa: B018 -- before the models: a text that can't be used is refused first
-    cached = None if cfg.teacher.cache.folder is None else cached_teacher(opened)
+    given = given_teacher(opened)
     student = opened.load_pruned()
     opened.check_descent()
     hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
-    teacher = cached or teacher_of(opened, hidden.teacher_states if hidden else None)
+    teacher = given or teacher_of(opened, hidden.teacher_states if hidden else None)
     loss = distillation_loss(student, teacher, cfg.distill, world, hidden)
     train(opened, student, loss, {"hidden": hidden} if hidden else {})
     opened.mark("distill", done=True)
     if world.is_main:
         say(f"{opened.checkpoints.path(cfg.train.steps)}: the student after {counted(cfg.train.steps, 'step')}")
+
+
+def given_teacher(opened: Session) -> Teacher | None:
+    """What stands in a teacher's place, so that none is loaded (None: one is)."""
+    if opened.cfg.distill.loss == "none":
+        return NoTeacher()
+    return None if opened.cfg.teacher.cache.folder is None else cached_teacher(opened)
 
 
 def teacher_of(opened: Session, watch: engine.Watch | None) -> Teacher:

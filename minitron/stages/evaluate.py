@@ -1,4 +1,4 @@
-"""`minitron evaluate`: loss and perplexity of the teacher, the pruned model and the student, on the sharded models."""
+"""`minitron evaluate`: loss and perplexity of the teacher, the pruned model and the student, or of a model before and after `train`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from minitron import engine
 from minitron.config.schema import Config
 from minitron.files import write_json
 from minitron.reporting.console import final_table, progress, say
+from minitron.reporting.results import MODELS, WHOLE
 from minitron.session import Session, session
 
 FILE = "eval.json"
-MAKERS = {"pruned": "prune", "student": "distill"}  # which verb makes which model
+MAKERS = {"pruned": "prune", "student": "distill", "trained": "train"}  # which verb makes which model
 
 
 def run(cfg: Config) -> None:
@@ -23,18 +24,19 @@ def run(cfg: Config) -> None:
 
 
 def work(opened: Session) -> dict[str, Any]:
-    """Writes run.dir/eval.json for those of teacher, pruned model and student that are there, and returns its content."""
+    """Writes run.dir/eval.json for those of MODELS, or in a folder of `train` of WHOLE, that are there, and returns its content."""
     opened.mark("evaluate", done=False)
     opened.data  # noqa: B018 -- before the models: a text that is too short is refused first
-    models = {"teacher": lambda: opened.teacher}
+    names = WHOLE if engine.on_main(opened.world, opened.is_whole) else MODELS
+    models = {names[0]: lambda: opened.teacher}
     if engine.on_main(opened.world, opened.pruned.is_dir):
         models["pruned"] = opened.load_pruned
     if engine.on_main(opened.world, opened.checkpoints.latest) is not None:
-        models["student"] = opened.load_student
-    absent = [f"{name} (minitron {verb} makes it)" for name, verb in MAKERS.items() if name not in models]
+        models[names[-1]] = opened.load_student
+    absent = [f"{name} (minitron {MAKERS[name]} makes it)" for name in names if name not in models]
     if absent and opened.world.is_main:
         say(f"evaluates {' and '.join(models)} alone; not here yet: {', '.join(absent)}")
-    results = {name: measure(load(), name, opened, opened.teacher_world if name == "teacher" else opened.world) for name, load in models.items()}
+    results = {name: measure(load(), name, opened, opened.teacher_world if name == names[0] else opened.world) for name, load in models.items()}
     engine.on_main(opened.world, lambda: write_json(opened.folder / FILE, results))
     opened.mark("evaluate", done=True)
     return results

@@ -16,9 +16,9 @@ from minitron.arch.units import to_units
 from minitron.weights.source import Source
 
 
-def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "torch") -> engine.Model:
+def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> engine.Model:
     """This rank's shard of the model in `dtype`. Peak memory: the shard and one parameter."""
-    model = engine.skeleton(source.arch, world, dtype, spec)
+    model = engine.skeleton(source.arch, world, dtype, spec, recompute)
     reader = Reader(source.files)
     for name, row, layer in engine.rows(model):
         engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world, dtype))
