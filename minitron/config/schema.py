@@ -188,7 +188,7 @@ class Distill:
     loss: str = setting(
         "forward_kl",
         "distillation loss on the logits: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence between the two; "
-        "none: no teacher is loaded, and the student learns the next token of the text by distill.cross_entropy",
+        "none: no teacher, distill.cross_entropy alone",
         allowed=("forward_kl", "reverse_kl", "jsd", "none"),
     )
     beta: float = setting(0.5, "jsd: the teacher's share of the mixture", above=0)

@@ -31,10 +31,8 @@ def render(run: RunFiles) -> str:
     name = model_name(run)
     compression = () if run.whole else (architecture, importance)
     body = "\n".join(part(run) for part in (summary, *compression, training, evaluation, loading, settings))
-    header, footer = (
-        page.header("Training report" if run.whole else "Compression report", name, lead(run)),
-        page.footer(f"minitron {minitron.__version__} · {run.path}"),
-    )
+    kind = "Training report" if run.whole else "Compression report"
+    header, footer = page.header(kind, name, lead(run)), page.footer(f"minitron {minitron.__version__} · {run.path}")
     return page.page(f"{name} · minitron", f"{header}\n<main>\n{body}\n</main>\n{footer}")
 
 
@@ -54,8 +52,8 @@ def lead(run: RunFiles) -> str:
     tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
     over = f" over {size(tokens[-1])} tokens" if tokens else ""
     if run.evals and set(WHOLE) <= set(run.evals):
-        before, after = (decimal(run.evals[key].get("loss"), 3) for key in WHOLE)
-        sentences.append(f"Training{over} took the held-out loss from {before} to <strong>{after}</strong>.")
+        untrained, trained = (decimal(run.evals[key].get("loss"), 3) for key in WHOLE)
+        sentences.append(f"Training{over} took the held-out loss from {untrained} to <strong>{trained}</strong>.")
     if gap is not None:
         sentences.append(f"Pruning raised the held-out loss; distillation{over} took back <strong>{percent(gap)}</strong> of that.")
     return " ".join(sentences)

@@ -37,9 +37,9 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
 @pytest.mark.parametrize(
     "line",
     [
-        "train.steps=1000            optimizer steps [int >= 1]",
-        "train.schedule=cosine       decay after the warm-up [cosine | linear | constant]",
-        "train.beta1=0.9             Adam's first decay [float >= 0, <= 0.9999]",
+        "train.steps=1000                  optimizer steps [int >= 1]",
+        "train.recompute=none              activations of the trained model",
+        "train.beta1=0.9                   Adam's first decay [float >= 0, <= 0.9999]",
         "target.num_query_groups=null     KV groups per layer [int | float | list of int > 0 | null]",
         "logging.progress=true           progress bars on the console [true | false]",
         "run.dir=???  folder that receives",
