@@ -89,8 +89,8 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
 
 
 def recomputed(recompute: str, arch: Arch) -> dict[str, Any]:
-    """train.recompute in Megatron's words. An MLP with biases is left out of `selective`: Megatron's checkpoint of it would return a bias, a
-    parameter, as its own output, and so take it out of training."""
+    """train.recompute in Megatron's words. An MLP with biases is left out of `selective`: Megatron's checkpoint of it would give out a bias, which
+    is a parameter, as something that it computed, and the process ends in the backward pass."""
     words: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *([] if arch.add_bias_linear else ["mlp"])]},

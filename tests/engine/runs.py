@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, world, folder, settings=SETTINGS, dtype=torch.float32, hidden=None):
         self.world, self.settings = world, settings
-        student, teacher = (load(open_folder(folder, "model.path"), world, dtype) for _ in range(2))
+        student, teacher = (load(open_folder(folder, "model.path"), world, dtype, recompute=how) for how in (settings.recompute, "none"))
         with torch.no_grad():
             for name, parameter in student.named_parameters():  # the student starts beside its teacher
                 parameter.mul_(0.8 if "mlp" in name else 1.2)
