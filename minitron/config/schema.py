@@ -265,7 +265,8 @@ class Train:
             raise refuse("train.global_batch_size", self.global_batch_size, f"a multiple of train.micro_batch_size={self.micro_batch_size} is needed")
         if self.min_lr > self.lr:
             raise refuse("train.min_lr", self.min_lr, f"at most train.lr={self.lr} is allowed")
-        if self.schedule == "wsd" and not 1 <= (self.decay_steps or 0) <= (most := self.steps - self.warmup):
+        most = self.steps - self.warmup
+        if self.schedule == "wsd" and not 1 <= (self.decay_steps or 0) <= most:
             allowed = f"1 to {most} steps, what the warm-up leaves of train.steps={self.steps}, are needed with train.schedule=wsd"
             raise refuse("train.decay_steps", self.decay_steps, allowed)
         if self.overlap_param_gather and not self.overlap_grad_reduce:

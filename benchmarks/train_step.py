@@ -1,0 +1,237 @@
+"""Seconds of one step of `minitron train`, by part, beside a loop on the same model written with Megatron-Core alone.
+
+Both sides train the same model on the same samples in one process, in turns, with the same optimizer settings. `minitron` is the verb's own
+loop: its data, its loss, `Trainer.update`, and what `fit` does around a step (figures, metrics.jsonl). `Megatron` is what one would write
+by hand: GPTModel in DistributedDataParallel, the distributed optimizer, Megatron's schedule, tokens read from a tensor in memory, and
+  whole logits:  its output layer and vocabulary-parallel cross-entropy, [tokens, vocabulary] in fp32;
+  fused loss:    this project's loss on the last hidden states instead, so that what is left between the two is the trainer.
+Nothing else of minitron is in it but how the model is built and its weights are read.
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, publish
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from minitron import engine
+from minitron.config.compose import compose
+from minitron.distillation.fused import Scratch, linear_distillation
+from minitron.distillation.signal import Head, NoTeacher
+from minitron.distillation.step import distillation_loss
+from minitron.reporting.tracking import Tracker
+from minitron.session import Session, session
+from minitron.stages.train import NEXT_TOKEN
+from minitron.training import step_batches
+
+PARTS = ("data", "forward, backward", "optimizer", "metrics")
+Laps = dict[str, float]
+
+
+class Watch:
+    """Seconds between calls, by what ended."""
+
+    def __init__(self) -> None:
+        self.laps: Laps = {}
+        self.since = time.perf_counter()
+
+    def start(self) -> None:
+        """A step begins."""
+        self.laps, self.since = dict.fromkeys(PARTS, 0.0), time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What was done since the last call belongs to `part`."""
+        now = time.perf_counter()
+        self.laps[part] += now - self.since
+        self.since = now
+
+
+class Ours:
+    """`minitron train`, one step at a time: `fit` runs from the step done to the next."""
+
+    def __init__(self, opened: Session) -> None:
+        self.opened, self.watch = opened, Watch()
+        model = opened.load_whole()
+        self.trainer = engine.Trainer(model, opened.cfg.train, opened.world)
+        self.loss = distillation_loss(model, NoTeacher(), NEXT_TOKEN, opened.world)
+        self.tracker = Tracker(opened.folder, start_step=0, logging=opened.cfg.logging, config=dataclasses.asdict(opened.cfg))
+        self.tracker.__enter__()
+        for name, part in (("prepare_grads", "forward, backward"), ("step_with_ready_grads", "optimizer")):
+            setattr(self.trainer.optimizer, name, partial(self._lapped, getattr(self.trainer.optimizer, name), part))
+        self.figures: list[float] = []
+
+    def _lapped(self, function: Callable[[], Any], part: str) -> Any:
+        """The passes end where gradients are prepared, the update where it has been made."""
+        if part == "forward, backward":
+            self.watch.lap(part)
+            return function()
+        result = function()
+        self.watch.lap(part)
+        return result
+
+    def step(self) -> tuple[float, Laps]:
+        """(loss, seconds of each part) of the next step."""
+        opened, trainer = self.opened, self.trainer
+
+        def microbatches(step: int) -> list[engine.Batch]:
+            batches = step_batches(opened.training_samples, opened.cfg, opened.world, step)
+            self.watch.lap("data")
+            return batches
+
+        def report(line: dict[str, Any]) -> None:
+            self.figures.append(line["loss"])
+            self.tracker.log(line)
+
+        whole, trainer.settings = trainer.settings, dataclasses.replace(trainer.settings, steps=trainer.step + 1, warmup_steps=0)
+        task = engine.Task(microbatches=microbatches, loss=self.loss, validate=dict, report=report)
+        self.watch.start()
+        engine.fit(trainer, task, Unsaved(), lambda: False)
+        self.watch.lap("metrics")
+        trainer.settings = whole
+        return self.figures[-1], self.watch.laps
+
+
+class Unsaved(engine.Checkpoints):
+    """Checkpoints are no part of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def save(self, trainer: engine.Trainer) -> None:
+        """Nothing."""
+
+
+class Plain:
+    """The same steps by hand. `loss(hidden_SBH, labels_BS)` returns the sum over tokens."""
+
+    def __init__(self, opened: Session, batches: list[torch.Tensor], fused: bool) -> None:
+        self.batches, self.micro, self.done, self.watch = batches, opened.cfg.train.micro_batch_size, 0, Watch()
+        self.model, train = opened.load_whole(), opened.cfg.train
+        chunk, world = self.model.chunks[0], opened.world
+        config, scratch = chunk.config, Scratch()
+        buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.wrapped = DistributedDataParallel(config, buffers, chunk)
+        config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, self.wrapped.no_sync
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=train.lr, min_lr=train.min_lr, weight_decay=train.weight_decay, adam_beta1=train.beta1, adam_beta2=train.beta2,
+                clip_grad=train.clip_grad, bf16=config.bf16, params_dtype=config.params_dtype, use_distributed_optimizer=True,
+            ),
+            [self.wrapped], use_gloo_process_groups=False,
+        )  # fmt: skip
+        for inner in self.optimizer.chained_optimizers:  # torch's own one-pass kernel, which minitron turns on too
+            for group in inner.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
+        config.grad_scale_func = self.optimizer.scale_loss
+        decay = train.weight_decay
+        # 0.0: where the warm-up starts; then the weight decay's start, end, length and form
+        rates, decay = (0.0, train.lr, train.min_lr, train.warmup, train.steps, train.schedule), train.weight_decay
+        self.scheduler = OptimizerParamScheduler(self.optimizer, *rates, decay, decay, 0, "constant")
+
+        def whole_logits(hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+            logits_SBV, _ = chunk.output_layer(hidden_SBH, weight=self.model.head_weight())
+            return vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).sum()
+
+        def fused_loss(hidden_SBH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+            mask_T, labels_T = torch.ones(labels_BS.numel(), dtype=torch.bool), labels_BS.t().flatten()
+            head = Head(self.model.head_weight())
+            return linear_distillation(hidden_SBH.flatten(0, 1), head, None, mask_T, world, NEXT_TOKEN, labels_T, scratch).total
+
+        self.loss = fused_loss if fused else whole_logits
+
+    def _forward(self, microbatches: Any, wrapped: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        tokens_BT = next(microbatches)
+        labels_BS = tokens_BT[:, 1:]
+
+        def reduced(hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss = self.loss(hidden_SBH, labels_BS)
+            return loss, torch.tensor(labels_BS.numel(), dtype=torch.int), {"loss": loss.detach()}
+
+        return wrapped(tokens_BT[:, :-1], None, None), reduced
+
+    def step(self) -> tuple[float, Laps]:
+        """(loss, seconds of each part) of the next step."""
+        self.watch.start()
+        tokens_BT = self.batches[self.done]
+        microbatches = tokens_BT.split(self.micro)
+        self.watch.lap("data")
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.scheduler.step(1)
+        logs = get_forward_backward_func()(
+            forward_step_func=self._forward, data_iterator=iter(microbatches), model=self.wrapped, num_microbatches=len(microbatches),
+            seq_length=tokens_BT.shape[1] - 1, micro_batch_size=self.micro, forward_only=False,
+        )  # fmt: skip
+        self.watch.lap("forward, backward")
+        self.optimizer.step()
+        self.watch.lap("optimizer")
+        loss = sum(log["loss"].item() for log in logs) / tokens_BT[:, 1:].numel()
+        self.watch.lap("metrics")
+        self.done += 1
+        return loss, self.watch.laps
+
+
+def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, ...]]:
+    """Rows of the table: the median seconds of each part, in turns."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch, "text.jsonl")
+        text.write_text("".join(json.dumps({"text": f"Document {number}. " + "The quick brown fox. " * 400}) + "\n" for number in range(40)))
+        model = ["model=smollm2_135m", f'data.train="{text}"', f'run.dir="{scratch}/run"', f"train.steps={repeats + 1}", "train.warmup_steps=1"]
+        sizes = ["train.seq_length=512", "train.global_batch_size=2", "train.eval_tokens=512", "logging.progress=false"]
+        with session(compose("train", [*model, *sizes, *overrides, f"dtype={dtype}"]), "train") as opened:
+            steps = (step_batches(opened.training_samples, opened.cfg, opened.world, step) for step in range(repeats + 1))
+            batches = [torch.cat([batch.tokens_BT for batch in step]) for step in steps]
+            sides = {
+                "minitron train": Ours(opened),
+                "Megatron, fused loss": Plain(opened, batches, fused=True),
+                "Megatron, whole logits": Plain(opened, batches, fused=False),
+            }
+            seconds: dict[str, list[Laps]] = {name: [] for name in sides}
+            last: dict[str, float] = {}
+            for number in range(repeats + 1):
+                turn = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]  # what a side leaves in memory meets each of the others
+                for name in turn:
+                    last[name], laps = sides[name].step()
+                    if number > 0:  # the first step also allocates
+                        seconds[name].append({**laps, "total": sum(laps.values())})
+    names = (*PARTS, "total")
+    rows: list[tuple[Any, ...]] = []
+    for name, found in seconds.items():
+        rows.append((f"{name}, {dtype}", last[name], *(statistics.median(one[part] for one in found) for part in names)))
+    ours, *others = seconds
+    for other in others:
+        ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seconds[ours], seconds[other], strict=True))
+        rows.append((f"{ours} / {other}, {dtype}", None, *[None] * len(PARTS), ratio))
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--repeats", type=int, default=12, help="timed steps of each side and type (default: 12)")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE", help="settings of minitron, such as train.seq_length=128")
+    options = parser.parse_args()
+    rows = [row for dtype in options.dtypes for row in measure(dtype, options.repeats, options.set)]
+    columns = {"side": "<", "last loss": ".4f", **dict.fromkeys((*PARTS, "total"), ".3f")}
+    notes = [
+        f"seconds, medians of {options.repeats} steps after one that is not counted; ratios: of the same turn, the median",
+        "last loss: all sides after the same steps on the same samples",
+    ]
+    publish("One training step", columns, rows, notes, options.json)
+
+
+if __name__ == "__main__":
+    main()
