@@ -190,7 +190,7 @@ def measure(dtype: str, repeats: int, overrides: list[str]) -> list[tuple[Any, .
         text = Path(scratch, "text.jsonl")
         text.write_text("".join(json.dumps({"text": f"Document {number}. " + "The quick brown fox. " * 400}) + "\n" for number in range(40)))
         model = ["model=smollm2_135m", f'data.train="{text}"', f'run.dir="{scratch}/run"', f"train.steps={repeats + 1}", "train.warmup_steps=1"]
-        sizes = ["train.seq_length=512", "train.global_batch_size=2", "train.eval_tokens=512", "logging.progress=false"]
+        sizes = ["train.seq_length=256", "train.global_batch_size=4", "train.eval_tokens=256", "logging.progress=false"]
         with session(compose("train", [*model, *sizes, *overrides, f"dtype={dtype}"]), "train") as opened:
             steps = (step_batches(opened.training_samples, opened.cfg, opened.world, step) for step in range(repeats + 1))
             batches = [torch.cat([batch.tokens_BT for batch in step]) for step in steps]

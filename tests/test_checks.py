@@ -205,3 +205,35 @@ def test_the_cache_is_made_on_any_number_of_replicas(monkeypatch):
     check_lengths(config({"train": {"global_batch_size": 32}}), "cache")
     with pytest.raises(RequestError, match=r"^train.global_batch_size=32: must be divisible"):
         check_lengths(config({"train": {"global_batch_size": 32}}), "distill")
+
+
+@pytest.mark.parametrize(
+    ("verb", "teacher", "said"),
+    [
+        ("cache", {}, "distill.loss=none: there is no teacher whose predictions could be kept; minitron distill needs no cache then"),
+        ("distill", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: distill.loss=none has no use for a teacher: null is needed"),
+        ("compress", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: distill.loss=none has no use for a teacher: null is needed"),
+        ("distill", {"path": "x"}, "teacher.path=x: distill.loss=none has no use for a teacher: null is needed"),
+    ],
+)
+def test_a_teacher_that_would_have_nothing_to_do(verb, teacher, said):
+    with pytest.raises(RequestError) as refusal:
+        check(config({"distill": {"loss": "none", "cross_entropy": 1.0}, "teacher": teacher}), verb)
+    assert str(refusal.value) == said
+
+
+def test_a_training_without_a_teacher_asks_for_none_to_fit_the_layout():
+    alone = {"parallel": {"tp": 4}, "teacher": {"parallel": {"tp": 5}}}
+    with pytest.raises(RequestError, match=r"^teacher.parallel.tp=5"):
+        check_model(config(alone), "distill", ARCH)
+    check_model(config({**alone, "distill": {"loss": "none", "cross_entropy": 1.0}}), "distill", ARCH)
+
+
+def test_a_model_that_is_trained_whole_must_fit_and_be_fed():
+    with pytest.raises(RequestError, match=r"^parallel.tp=5: must divide the model's ffn_hidden_size=36$"):
+        check_model(config({"parallel": {"tp": 5}}), "train", ARCH)
+    with pytest.raises(RequestError, match=r"^train.eval_tokens=64: less than one window of train.seq_length=128 tokens$"):
+        check_lengths(config({"train": {"seq_length": 128}}), "train")
+    assert list(remarks(config({"train": {"warmup_steps": 10}}), "train", ARCH)) == [
+        "train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"
+    ]

@@ -1,6 +1,6 @@
 """`minitron train`: the model of model.path itself, whole, on the next token of the text.
 
-Teacher correction (arXiv 2408.11796, section 2.1): a teacher that never saw the text to distil on is a worse teacher for it, so it is
+Teacher correction (arXiv 2408.11796): a teacher that never saw the text to distil on is a worse teacher for it, so it is
 fine-tuned on that text first. Its folder, from `minitron export`, is then model.path or teacher.path of a compression.
 """
 

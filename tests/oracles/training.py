@@ -115,3 +115,22 @@ def hidden_states(model, inputs) -> list[torch.Tensor]:
     handle.remove()
     assert len(states) == model.config.num_hidden_layers + 1
     return [*states[:-1], caught[0]]
+
+
+def next_token(folder: Path, batches_BT: list[torch.Tensor], settings: Train) -> list[dict]:
+    """As `distil`'s lines, of a model that learns the next token by transformers' own loss."""
+    model = hf_model(folder)
+    groups = [{"params": [t for t in model.parameters() if (t.dim() > 1) == decays], "weight_decay": decay}
+              for decays, decay in ((True, settings.weight_decay), (False, 0.0))]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8)
+    lines = []
+    for step, tokens_BT in enumerate(batches_BT, start=1):
+        loss = model(tokens_BT, labels=tokens_BT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(settings, step)})
+    return lines
