@@ -287,6 +287,8 @@ def check_models(opened: Session) -> None:
             check_hidden(cfg, student, opened.teacher_source.arch)
         for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
             opened.spec(model)
+    elif VERBS[opened.verb].trains and cfg.spec == "transformer_engine":
+        opened.spec(arch)
 
 
 def student_arch(opened: Session) -> Arch | None:

@@ -10,6 +10,7 @@ from minitron.distillation.signal import NoTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
 from minitron.engine.trainer import Trainer
+from minitron.session import Session
 from minitron.stages.train import NEXT_TOKEN
 from minitron.weights.load import load
 from minitron.weights.source import open_folder
@@ -88,6 +89,13 @@ def folder(stories, tales, tmp_path_factory):
     return root / "run", usual, data
 
 
+def without_teacher():
+    def fail(self):
+        raise AssertionError("a teacher is loaded")
+
+    Session.teacher = property(fail)
+
+
 def test_what_it_made_is_measured_exported_and_compressed(folder, tmp_path):
     run, usual, data = folder
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -102,12 +110,19 @@ def test_what_it_made_is_measured_exported_and_compressed(folder, tmp_path):
     assert same_tensors({name: hf.state_dict()[name] for name in saved_tensors(run / "hf")}, saved_tensors(run / "hf"))
     report = (run / "report.html").read_text()
     assert "Training report" in report and "Importance" not in report and "took the held-out loss from" in report
-    again = minitron(tmp_path / "again", "train", f"run.dir={run}", *usual, *data)
+    # how it runs is free to change, what it makes is not
+    again = minitron(tmp_path / "again", "train", f"run.dir={run}", *usual, *data, "train.recompute=full", "train.overlap_grad_reduce=true")
     assert again.code == 0 and "nothing is left to do" in again.out
     pruned = [f"model.path={run / 'hf'}", "device=cpu", "dtype=fp32", "target.hidden_size=48", "calibrate.criterion=magnitude"]
     for verb in ("calibrate", "prune"):
         done = minitron(tmp_path / verb, verb, f"run.dir={tmp_path / 'compression'}", *pruned, *(data[:1] if verb == "calibrate" else []))
         assert (done.code, done.err) == (0, ""), done
+    taught = [*pruned[:3], *data, "distill.loss=none", "distill.cross_entropy=1", "train.schedule=wsd", "train.decay_steps=2"]
+    done = minitron(tmp_path / "distill", "distill", f"run.dir={tmp_path / 'compression'}", *taught, prepare=without_teacher)
+    assert (done.code, done.err) == (0, ""), done
+    lines = [json.loads(line) for line in (tmp_path / "compression" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines[:4]] == [1e-3] * 4 and lines[-1]["lr"] == pytest.approx(1e-5)
+    assert all(line["loss"] == line["ce_loss"] and "kd_loss" not in line for line in lines)
 
 
 def test_a_folder_is_that_of_one_model_or_of_a_compression(folder, finished, tmp_path):
