@@ -32,7 +32,8 @@ FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_s
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")
 # those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
-ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.clip_grad")
+ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.clip_grad", "train.spike_factor", "train.spike_window",
+              "train.max_bad_steps")  # fmt: skip
 
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
