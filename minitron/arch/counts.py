@@ -37,5 +37,5 @@ def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
 
 
 def training_flops(arch: Arch, seq_length: int, teacher: Arch | None) -> int:
-    """FLOPs of training `arch` on one token: a forward pass, a backward pass, which is two more, and, of a distillation, the teacher's forward pass."""
+    """FLOPs of training `arch` on one token: a forward pass, a backward pass, which is two more, and the forward pass of a teacher, if any."""
     return 3 * count(arch, seq_length).flops_per_token + (count(teacher, seq_length).flops_per_token if teacher is not None else 0)

@@ -231,8 +231,11 @@ class Lookout:
         self._tell(FAREWELL if self._finished else f"{self.rank} {'waited' if silence else 'failed'}")
         self._close()
         if silence and error is not None:
-            threading.Event().wait(2 * TO_SAY)  # torchrun ends the others when this process ends: the one that hangs is to be heard first
-            return HungRank(self.rank, self.minutes, place(stack_of_error(error)))
+            hung = HungRank(self.rank, self.minutes, place(stack_of_error(error)))
+            say_once(str(hung), hung.topic)  # before those that only learn of it
+            hung.said = True
+            threading.Event().wait(2 * TO_SAY)  # torchrun ends the others when this process ends: the one that hangs is to be heard
+            return hung
         return self._ending() if told or isinstance(error, Interrupted) else None
 
     def _close(self) -> None:
