@@ -128,6 +128,19 @@ def _lock(folder: Path) -> TextIO:
     return handle
 
 
+def at_work(folder: Path) -> str | None:
+    """Which process has the run's folder now, None where none has; where locks don't work, nobody can tell."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once, with the file
+            except BlockingIOError:
+                return handle.read() or "another process"
+    except OSError:
+        pass
+    return None
+
+
 def claim(folder: Path, cfg: Config, verb: str) -> None:
     """See that the folder belongs to a run with these settings; write config.yaml. Raises RequestError naming the first setting that differs.
 

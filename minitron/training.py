@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minitron.data.corpus import TrainingSamples
 
 # figures of a step -> what they are beside the bar: the two losses are different quantities
-SHOWN = {"loss": "distillation loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
+SHOWN = {"loss": "distillation loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss", "skipped_steps": "steps skipped"}
 
 
 def train(
@@ -99,7 +99,7 @@ class _metrics:
         def report(line: dict[str, Any]) -> None:
             if self.tracker is not None and (line["step"] % cfg.logging.interval == 0 or "valid_loss" in line):
                 self.tracker.log(line)
-            advance(1, **{name: line[key] for key, name in SHOWN.items() if key in line})
+            advance(1, **{name: line[key] for key, name in SHOWN.items() if line.get(key)})  # nothing is told of steps that were not skipped
 
         return report
 
