@@ -14,7 +14,8 @@ from rich.text import Text
 from minitron.reporting.console import clock, final_table
 from minitron.reporting.report import REPORT, model_name
 from minitron.reporting.runfiles import RunFiles, read_run
-from minitron.reporting.wording import ABSENT, changes, counted, decimal, percent, ratio, size
+from minitron.reporting.speed import speed, values
+from minitron.reporting.wording import ABSENT, changes, counted, percent, ratio, size
 
 RECENT = 100  # lines of metrics that tell how fast a run is now
 
@@ -66,7 +67,7 @@ def _training(run: RunFiles) -> list[tuple[str, str]]:
     if not run.metrics:
         return []
     last, steps = run.metrics[-1], run.setting("train.steps")
-    seconds = _values(run.metrics, "step_seconds")
+    seconds = values(run.metrics, "step_seconds")
     left = max((steps or 0) - last["step"], 0)
     time = f"{clock(fmean(seconds) * last['step'])} in steps" if seconds else ABSENT
     if seconds and left:
@@ -76,27 +77,11 @@ def _training(run: RunFiles) -> list[tuple[str, str]]:
         ("training", f"step {last['step']:,}" + (f" of {steps:,} ({percent(last['step'] / steps, 0)})" if steps else "")),
         ("tokens", size(last.get("tokens"))),
         ("time", time),
-        ("speed", _speed(run.metrics)),
+        ("speed", speed(run.metrics)),
         ("loss", _course(run.metrics, "loss")),
         ("held-out loss", _course(run.metrics, "valid_loss")),
         ("skipped", counted(skipped, "step")),
     ]
-
-
-def _speed(metrics: list[dict[str, Any]]) -> str:
-    """Means over all steps of what is known: seconds are averaged, as speeds must not be."""
-    per_step = [line["tokens_per_second"] * line["step_seconds"] for line in metrics if line.get("tokens_per_second") and line.get("step_seconds")]
-    seconds, waited = _values(metrics, "step_seconds"), _values(metrics, "data_seconds")
-    if not per_step:
-        return f"{decimal(metrics[-1].get('tokens_per_second'), 0)} tokens/s at the end"
-    parts = [f"{fmean(per_step) / fmean(seconds):,.0f} tokens/s"]
-    figures = {"tflop_per_second_per_rank": lambda value: f"{value:,.4g} TFLOP/s per rank", "mfu": lambda value: f"{percent(value)} of its peak"}
-    parts += [show(fmean(values)) for name, show in figures.items() if (values := _values(metrics, name))]
-    if waited:
-        parts.append(f"{percent(fmean(waited) / fmean(seconds))} of the time waiting for data")
-    if memory := _values(metrics, "peak_memory_gib"):
-        parts.append(f"{max(memory):.2f} GiB on rank 0")
-    return ", ".join(parts)
 
 
 def _course(metrics: list[dict[str, Any]], name: str) -> str:
@@ -104,10 +89,6 @@ def _course(metrics: list[dict[str, Any]], name: str) -> str:
     found = [(line[name], line["step"]) for line in metrics if line.get(name) is not None]
     named = {"first": found[:1], "last": found[-1:], "best": sorted(found)[:1]}
     return ", ".join(f"{which} {value:.4g} (step {step:,})" for which, ends in named.items() for value, step in ends) or ABSENT
-
-
-def _values(metrics: list[dict[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in metrics if line.get(name) is not None]
 
 
 def _checkpoints(metrics: list[dict[str, Any]], checkpoints: list[Kept]) -> list[tuple[str, str]]:
