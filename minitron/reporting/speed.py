@@ -15,7 +15,7 @@ def speed(metrics: Sequence[Mapping[str, Any]]) -> str:
         return f"{decimal(metrics[-1].get('tokens_per_second'), 0)} tokens/s at the end"
     parts = [f"{fmean(per_step) / fmean(seconds):,.0f} tokens/s"]
     figures = {"tflop_per_second_per_rank": lambda value: f"{value:,.4g} TFLOP/s per rank", "mfu": lambda value: f"{percent(value)} of its peak"}
-    parts += [show(fmean(values)) for name, show in figures.items() if (values := values(metrics, name))]
+    parts += [show(fmean(found)) for name, show in figures.items() if (found := values(metrics, name))]
     if waited:
         parts.append(f"{percent(fmean(waited) / fmean(seconds))} of the time waiting for data")
     if memory := values(metrics, "peak_memory_gib"):
