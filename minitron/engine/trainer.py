@@ -81,9 +81,8 @@ class Trainer:
     """A model with its optimizer, its schedule of learning rates, the number of steps done, and by name what else its checkpoints hold."""
 
     def __init__(self, model: Model, settings: Train, world: World, extras: dict[str, Extra] | None = None) -> None:
-        self.model, self.settings, self.world, self.step = model, settings, world, 0
+        self.model, self.settings, self.world, self.step, self.extras = model, settings, world, 0, extras or {}
         self.guard = Guard(settings)
-        self.extras: dict[str, Extra] = {"guard": self.guard, **(extras or {})}
         config = model.config
         buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.wrapped = [DistributedDataParallel(config, buffers, chunk, pg_collection=world.groups) for chunk in model.chunks]
@@ -127,7 +126,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the sharded tensors."""
         extras = {name: extra.state_dict() for name, extra in self.extras.items()}
-        return {"step": self.step, "scheduler": self.scheduler.state_dict(), "extras": extras}
+        return {"step": self.step, "scheduler": self.scheduler.state_dict(), "guard": self.guard.state_dict(), "extras": extras}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. From here on the learning rate is what today's settings give at each step, not those of the checkpoint."""
@@ -139,6 +138,7 @@ class Trainer:
         for group in self.optimizer.param_groups:  # loaded with the optimizer's state; the schedule reads them there
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
+        self.guard.load_state_dict(state["guard"])
         for name, extra in self.extras.items():
             extra.load_state_dict(state["extras"][name])
 
