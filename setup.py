@@ -30,8 +30,8 @@ EXTRAS = {
     # NVIDIA's apex is optional beside it and is built from the source in NVIDIA's repository. It is never a requirement here:
     # the package index knows another project by that name, a web toolkit.
     "gpu": ["transformer-engine[pytorch]"],
-    "logging": ["wandb", "tensorboard"],
-    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+    "logging": ["wandb>=0.19", "tensorboard>=2.15"],
+    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard"],
 }
 
 setup(

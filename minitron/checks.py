@@ -19,6 +19,7 @@ from minitron.distillation.cache import Cache
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
+from minitron.reporting.tracking import SINKS, absent
 from minitron.weights.source import locate, open_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is there where a tokenizer is
@@ -52,8 +53,9 @@ def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
     groups = VERBS[verb].groups
     trains, distils = VERBS[verb].trains, "distill" in groups
-    if trains and cfg.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise refuse("logging.wandb", True, "the package wandb is not installed; install minitron[logging] or set logging.wandb=false")
+    for name in SINKS if trains else ():
+        if getattr(cfg.logging, name) and importlib.util.find_spec(name) is None:
+            raise absent(name)
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
     if (trains or distils) and cfg.data.separate_documents and cfg.spec == "transformer_engine":

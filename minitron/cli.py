@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_REQUEST
     except Stopped as stopped:
         if not stopped.said:
-            say_once(str(stopped))
+            say_once(str(stopped), stopped.topic)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print("minitron: interrupted: the same command continues", file=sys.stderr)

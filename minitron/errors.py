@@ -14,6 +14,7 @@ class Stopped(Exception):
     """Stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues (exit 75)."""
 
     said = False  # whether the user was told already
+    topic: str | None = None  # what of torchrun's ranks only the first is to say, each in its own words
 
 
 class LostRank(Stopped):
@@ -26,6 +27,23 @@ class LostRank(Stopped):
     def __str__(self) -> str:
         who = "a rank" if self.rank is None else f"rank {self.rank}"
         return f"{who} was lost, killed or failed: the same command continues from what is finished"
+
+
+class HungRank(Stopped):
+    """Rank `rank` waited for another one for longer than it may, and left. `where`: in which function, where that is known."""
+
+    topic = "a rank hangs"
+
+    def __init__(self, rank: int, minutes: float, where: str = "") -> None:
+        super().__init__(rank, minutes, where)
+        self.rank, self.minutes, self.where = rank, minutes, where
+
+    def __str__(self) -> str:
+        where = f" in {self.where}" if self.where else ""
+        return (
+            f"rank {self.rank} waited for another rank{where} for longer than parallel.timeout_minutes={self.minutes:g}: that one hung or died, see "
+            "what it said; the same command continues from what is finished"
+        )
 
 
 def refuse(setting: str, value: object, allowed: str) -> RequestError:
@@ -42,18 +60,18 @@ def shown(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def say_once(line: str) -> None:
-    """Print `minitron: LINE` to stderr; where torchrun's ranks have the same to say, only the first of them does.
+def say_once(line: str, topic: str | None = None) -> None:
+    """Print `minitron: LINE` to stderr; where torchrun's ranks have the same to say, or something on the same topic, only the first of them does.
 
     The first rather than rank 0: torchrun ends the other ranks as soon as one exits, and rank 0 may be among them.
     """
     line = f"minitron: {' '.join(line.split())}"
-    if not _said_elsewhere(line):
+    if not _said_elsewhere(topic or line):
         print(line, file=sys.stderr, flush=True)
 
 
-def _said_elsewhere(line: str) -> bool:
-    """Whether another rank of this job announced `line` before, asked of the store that torchrun keeps for its ranks."""
+def _said_elsewhere(topic: str) -> bool:
+    """Whether another rank of this job announced `topic` before, asked of the store that torchrun keeps for its ranks."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     from datetime import timedelta
@@ -62,6 +80,6 @@ def _said_elsewhere(line: str) -> bool:
 
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=3))
-        return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{line}", 1) > 1
+        return store.add(f"minitron/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{topic}", 1) > 1
     except RuntimeError:  # the store is gone; better said twice than not at all
         return False

@@ -34,7 +34,8 @@ FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_s
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")
 # those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
-ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.decay_steps", "train.decay_form", "train.clip_grad")
+ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.decay_steps", "train.decay_form", "train.clip_grad",
+              "train.spike_factor", "train.spike_window", "train.max_bad_steps")  # fmt: skip
 
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
@@ -127,6 +128,19 @@ def _lock(folder: Path) -> TextIO:
     handle.write(f"process {os.getpid()} on {socket.gethostname()}")
     handle.flush()
     return handle
+
+
+def at_work(folder: Path) -> str | None:
+    """Which process has the run's folder now, None where none has; where locks don't work, nobody can tell."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once, with the file
+            except BlockingIOError:
+                return handle.read() or "another process"
+    except OSError:
+        pass
+    return None
 
 
 def claim(folder: Path, cfg: Config, verb: str) -> None:

@@ -7,20 +7,32 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from minitron import engine
+from minitron.arch.counts import training_flops
 from minitron.config.schema import Config
 from minitron.reporting.console import progress, say
 from minitron.reporting.tracking import Tracker
 from minitron.session import Session, stop_on_signal
 
 if TYPE_CHECKING:
+    from minitron.arch import Arch
     from minitron.data.corpus import TrainingSamples
 
 # figures of a step -> what they are beside the bar: the losses are different quantities
-SHOWN = {"kd_loss": "distillation loss", "ce_loss": "next-token loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss"}
+SHOWN = {"kd_loss": "distillation loss", "ce_loss": "next-token loss", "tokens_per_second": "tokens/s", "valid_loss": "held-out next-token loss",
+         "skipped_steps": "steps skipped"}  # fmt: skip
 
 
-def train(opened: Session, model: engine.Model, loss: Callable[[int, list[engine.Batch]], engine.StepLoss], extras: dict[str, engine.Extra]) -> None:
-    """Train to the last step, from the newest checkpoint where there is one. Writes run.dir/checkpoints and metrics.jsonl."""
+def train(
+    opened: Session,
+    model: engine.Model,
+    loss: Callable[[int, list[engine.Batch]], engine.StepLoss],
+    extras: dict[str, engine.Extra],
+    teacher: Arch | None = None,
+) -> None:
+    """Train to the last step, from the newest checkpoint where there is one. Writes run.dir/checkpoints and metrics.jsonl.
+
+    `teacher`: a model whose forward passes are part of every step.
+    """
     cfg, world, samples = opened.cfg, opened.world, opened.training_samples
     trainer = engine.Trainer(model, cfg.train, world, extras)
     opened.checkpoints.resume(trainer)
@@ -29,7 +41,13 @@ def train(opened: Session, model: engine.Model, loss: Callable[[int, list[engine
         say(f"{trainer.step:,} of {cfg.train.steps:,} steps were done before: {todo}")
     with _metrics(opened, trainer.step) as report, stop_on_signal(world) as stop_requested:
         task = engine.Task(
-            microbatches=lambda step: step_batches(samples, cfg, world, step), loss=loss, validate=lambda: validate(opened, model), report=report
+            microbatches=lambda step: step_batches(samples, cfg, world, step),
+            loss=loss,
+            validate=lambda: validate(opened, model),
+            report=report,
+            source=lambda step: sources(opened, step),
+            flops_per_token=training_flops(model.arch, cfg.train.seq_length, teacher),
+            peak_tflops=cfg.logging.peak_tflops or engine.device_peak(world.device, cfg.dtype),
         )
         engine.fit(trainer, task, opened.checkpoints, stop_requested)
     trainer.close()
@@ -43,6 +61,13 @@ def step_batches(samples: TrainingSamples, cfg: Config, world: engine.World, ste
     stream = batches(samples, start=step * cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, num_microbatches=count,
                      dp_rank=world.dp_rank, dp_size=world.dp)  # fmt: skip
     return [next(stream) for _ in range(count)]
+
+
+def sources(opened: Session, step: int) -> str:
+    """The texts that a step's samples are taken from."""
+    size, data = opened.cfg.train.global_batch_size, opened.data
+    parts = sorted({*opened.training_samples.part_of[step * size : (step + 1) * size].tolist()})
+    return " and ".join(data.parts[data.splits["train"][part][0]].source for part in parts)
 
 
 def validate(opened: Session, model: engine.Model) -> dict[str, float]:
@@ -76,7 +101,7 @@ class _metrics:
         def report(line: dict[str, Any]) -> None:
             if self.tracker is not None and (line["step"] % cfg.logging.interval == 0 or "valid_loss" in line):
                 self.tracker.log(line)
-            advance(1, **{name: line[key] for key, name in SHOWN.items() if key in line})
+            advance(1, **{name: line[key] for key, name in SHOWN.items() if line.get(key)})  # nothing is told of steps that were not skipped
 
         return report
 

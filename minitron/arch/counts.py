@@ -34,3 +34,8 @@ def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
         flops_per_token=2 * (matrices + attention),
         kv_cache_bytes_per_token=2 * sum(block.num_query_groups for block in blocks) * arch.kv_channels * bytes_per_element,
     )
+
+
+def training_flops(arch: Arch, seq_length: int, teacher: Arch | None) -> int:
+    """FLOPs of training `arch` on one token: a forward pass, a backward pass, which is two more, and the forward pass of a teacher, if any."""
+    return 3 * count(arch, seq_length).flops_per_token + (count(teacher, seq_length).flops_per_token if teacher is not None else 0)

@@ -83,7 +83,7 @@ class Parallel:
     cp: int = setting(1, "context-parallel ranks", least=1)
     ep: int = setting(1, "expert-parallel ranks; only 1 works: no model with experts is supported yet", least=1)
     sp: bool = setting(False, "sequence parallelism: activations outside the matrices split over the tensor ranks")
-    timeout_minutes: int = setting(30, "a collective that waits longer than this ends the run", least=1)
+    timeout_minutes: float = setting(30.0, "a collective that waits longer than this for another rank ends the run", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +256,11 @@ class Train:
     overlap_param_gather: bool = setting(
         False, "replicas gather the parameters of a bucket, after an update, while the next forward pass goes on; needs train.overlap_grad_reduce"
     )
+    spike_factor: float | None = setting(
+        None, "a step whose loss is above this many times the median of the last spike_window good ones is left out (null: never)", above=1
+    )
+    spike_window: int = setting(32, "good steps that spike_factor looks back on; until there are as many, no loss is too high", least=1)
+    max_bad_steps: int = setting(5, "steps in a row with a loss or gradient that is not finite, or a spike, after which the run stops", least=1)
     save_interval: int = setting(500, "steps between checkpoints", least=1)
     eval_interval: int = setting(100, "steps between validations", least=1)
     eval_tokens: int = setting(16384, "tokens of data.valid that one validation reads", least=1)
@@ -292,6 +297,10 @@ class Logging:
     progress: bool = setting(True, "progress bars on the console")
     wandb: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
     wandb_project: str = setting("minitron", "project of the wandb run")
+    tensorboard: bool = setting(False, "write run.dir/tensorboard too")
+    peak_tflops: float | None = setting(
+        None, "TFLOP/s that one device can reach in this dtype, for mfu (null: known of some GPUs; where it is not, there is no mfu)", above=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

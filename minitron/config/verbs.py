@@ -67,6 +67,11 @@ VERBS: dict[str, Verb] = {
         ("run", "model", "parallel", *COMMON),
         ("run.dir", "model.path"),
     ),
+    "summary": Verb(
+        "what a run came to so far, on the console, also while it runs: stages, steps, losses, speed, checkpoints, evaluation",
+        ("run",),
+        ("run.dir",),
+    ),
     "report": Verb(
         "one self-contained page about the run: sizes, importance, loss curves, evaluation",
         ("run",),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minitron.engine.batch import *  # noqa: F403
     from minitron.engine.checkpoint import *  # noqa: F403
     from minitron.engine.exchange import *  # noqa: F403
+    from minitron.engine.meter import *  # noqa: F403
     from minitron.engine.model import *  # noqa: F403
     from minitron.engine.parallel import *  # noqa: F403
     from minitron.engine.schedule import *  # noqa: F403
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from minitron.engine.trainer import *  # noqa: F403
     from minitron.engine.vocab import *  # noqa: F403
 
-MODULES = ("batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "exchange", "checkpoint", "trainer")
+MODULES = ("batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "exchange", "checkpoint", "meter", "trainer")
 
 
 def __getattr__(name: str) -> Any:

@@ -108,7 +108,7 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         if dist.is_initialized():
             raise RequestError("a process group exists already: one run per process")
-        lookout = Lookout()
+        lookout = Lookout(parallel.timeout_minutes)
         undo.push(lambda kind, error, trace: _stop(lookout, error))
         _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes), lookout)
         _make_groups(parallel, device)
@@ -197,7 +197,7 @@ def _join(size: int, device: torch.device, timeout: datetime.timedelta, lookout:
 
 
 def _stop(lookout: Lookout, error: BaseException | None) -> None:
-    """Leave the groups; an error that another rank's end caused becomes LostRank."""
+    """Leave the groups; an error that another rank's end caused becomes LostRank, one that its silence caused HungRank."""
     lost = lookout.leave(error)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

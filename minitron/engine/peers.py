@@ -12,12 +12,15 @@ import secrets
 import selectors
 import signal
 import socket
+import sys
 import threading
+import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 
-from minitron.errors import EXIT_STOPPED, LostRank, Stopped, say_once
+from minitron.errors import EXIT_STOPPED, HungRank, LostRank, Stopped, say_once
 
 # what the libraries say of a connection that ended with the process on its other side
 SIGNS = (
@@ -25,19 +28,62 @@ SIGNS = (
     "Connection was likely closed",  # torch's store, which rank 0 or torchrun keeps
     "ncclRemoteError", "remote process exited",  # NCCL
 )  # fmt: skip
+# what they say of a process on the other side that lives on and does not answer
+SILENCE = (
+    "Timed out waiting",  # gloo
+    "wait timeout after", "timed out after",  # torch's store
+    "Watchdog caught collective operation timeout",  # NCCL; its watchdog as a rule ends the process before any exception is raised
+)  # fmt: skip
 KEY = "minitron/lookout"
 RANK_DIGITS = 8
 FAREWELL = "bye"
 INTERRUPT = signal.SIGUSR2  # not SIGINT: a user may mean another thing by it, and shells let background jobs ignore it
 PATIENCE = 5.0  # seconds for a message to come
 TO_NOTICE, TO_STOP, TO_END = 3.0, 12.0, 15.0  # seconds until a rank that goes on is interrupted, is given up, is ended
+TO_SAY = 1.0  # seconds until a rank that another one waited for says where it is: if it hangs it is still there
 
 
 def tells_of_loss(error: BaseException | None) -> bool:
     """Whether an exception means that another rank is gone, rather than that this one failed."""
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):  # torch's DistError, DistBackendError, ... among them
+    return _says(error, SIGNS)
+
+
+def tells_of_silence(error: BaseException | None) -> bool:
+    """Whether an exception means that another rank was waited for in vain."""
+    return _says(error, SILENCE)
+
+
+def _says(error: BaseException | None, signs: tuple[str, ...]) -> bool:
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):  # torch's DistError, DistBackendError, ... among them
         return True
-    return error is not None and tells_of_loss(error.__cause__)
+    return error is not None and _says(error.__cause__, signs)
+
+
+def place(frames: Iterable[types.FrameType]) -> str:
+    """The function that a stack, innermost frame first, is in and, where that is not this project's, the one of this project's that led there."""
+    names = [f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_name}" for frame in frames]
+    ours = next((name for name in names if name.startswith("minitron.")), None)
+    return names[0] if ours in (None, names[0]) else f"{names[0]}, called from {ours}"
+
+
+def stack_of_main() -> list[types.FrameType]:
+    """What the main thread is in now, innermost frame first."""
+    frame, frames = sys._current_frames().get(threading.main_thread().ident or 0), []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def stack_of_error(error: BaseException) -> list[types.FrameType]:
+    """Where an exception came from, innermost frame first; of one with a cause, where that did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    return frames[::-1]
 
 
 class Interrupted(BaseException):
@@ -49,17 +95,19 @@ class Lookout:
 
     Once a rank is lost this process will end: by the error that its next exchange with the lost rank raises; where it computes
     by itself, by an interrupt; where neither reaches it, in a library, this thread ends the process. At most half a minute passes.
-    The words that are passed: `bye` of a rank that is done, `N failed` of one that says itself why, `N died`.
+    The words that are passed: `bye` of a rank that is done, `N failed` of one that says itself why, `N waited` of one that waited for another
+    in vain, `N died`. `minutes`: how long ranks wait.
     """
 
-    def __init__(self) -> None:
-        self.rank = 0
+    def __init__(self, minutes: float) -> None:
+        self.rank, self.minutes = 0, minutes
         self.lost: int | None = None
         self._how = ""
         self._said = False
         self._heard = threading.Event()  # who was lost is known
         self._leaving = threading.Event()  # the main thread has stopped its work
         self._finished = False  # and not for an error
+        self._giving_up = False  # it has an error, maybe one that waits for who was lost
         self._thread: threading.Thread | None = None
         self._peers: dict[socket.socket, int] = {}  # connections, and whom to
         self._others: list[socket.socket] = []
@@ -119,6 +167,8 @@ class Lookout:
             self._tell(f"{self.lost} {self._how}")
             if self._how == "died":
                 self._say()  # now: torchrun ends the other ranks within a tenth of a second
+            elif self._how == "waited":
+                self._say_where()
             self._heard.set()
             threading.Thread(target=self._end_the_process, daemon=True, name="end").start()
 
@@ -151,11 +201,26 @@ class Lookout:
     def _say(self) -> None:
         if not self._said:
             self._said = True
-            say_once(str(LostRank(self.lost)))
+            ending = self._ending()
+            say_once(str(ending), ending.topic)
 
-    def leave(self, error: BaseException | None) -> LostRank | None:
-        """Tell the others how this rank ends: `error`, or well. The LostRank to raise where the error is another rank's end."""
-        told = tells_of_loss(error)
+    def _ending(self) -> Stopped:
+        """What this rank ends with once it heard what became of another."""
+        if self._how == "waited" and self.lost is not None:
+            return HungRank(self.lost, self.minutes)
+        return LostRank(self.lost, self._said)
+
+    def _say_where(self) -> None:
+        """Tell what this rank is doing while another waited in vain, unless it waits itself: it may be the one that hangs."""
+        self._leaving.wait(TO_SAY)
+        stack = stack_of_main()
+        if stack and not self._giving_up and not stack[0].f_globals.get("__name__", "").startswith("torch.distributed"):
+            say_once(f"rank {self.rank}, while rank {self.lost} waited for another, was in {place(stack)}")
+
+    def leave(self, error: BaseException | None) -> Stopped | None:
+        """Tell the others how this rank ends: `error`, or well. What to raise where the error is another rank's end, or its silence."""
+        self._giving_up = error is not None
+        told, silence = tells_of_loss(error), tells_of_silence(error)
         if told and self._thread is not None:
             self._heard.wait(PATIENCE)
         self._finished = error is None or isinstance(error, Stopped)
@@ -163,9 +228,15 @@ class Lookout:
         if self._thread is not None:
             self._waker.close()
             self._thread.join()
-        self._tell(FAREWELL if self._finished else f"{self.rank} failed")
+        self._tell(FAREWELL if self._finished else f"{self.rank} {'waited' if silence else 'failed'}")
         self._close()
-        return LostRank(self.lost, self._said) if told or isinstance(error, Interrupted) else None
+        if silence and error is not None:
+            hung = HungRank(self.rank, self.minutes, place(stack_of_error(error)))
+            say_once(str(hung), hung.topic)  # before those that only learn of it
+            hung.said = True
+            threading.Event().wait(2 * TO_SAY)  # torchrun ends the others when this process ends: the one that hangs is to be heard
+            return hung
+        return self._ending() if told or isinstance(error, Interrupted) else None
 
     def _close(self) -> None:
         for line in [*self._peers, *self._others]:

@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from minitron.config.schema import Train
 from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
+from minitron.engine.guard import Guard
+from minitron.engine.meter import Meter, peak_memory
 from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
 from minitron.engine.parallel import World, any_rank, refuse_together, sum_over_tokens
@@ -28,7 +30,6 @@ from minitron.engine.schedule import LossParts, Watch, forward_backward
 from minitron.errors import RequestError
 
 Tensor = torch.Tensor
-BAD_STEPS_IN_A_ROW = 5
 
 
 @dataclasses.dataclass
@@ -64,12 +65,17 @@ class Task:
 
     `microbatches(step)`: this rank's. `loss(step, microbatches)` is called once per step, before the model's own pass, so a
     teacher's pass belongs there. `validate()`: figures to log now and then. `report(line)`: a step's metrics, on rank 0.
+    `source(step)`: in words, what the samples of a step are taken from. `flops_per_token` of all models' passes, and a device's `peak_tflops`: for
+    the figures of speed (None: not known).
     """
 
     microbatches: Callable[[int], list[Batch]]
     loss: Callable[[int, list[Batch]], StepLoss]
     validate: Callable[[], dict[str, float]]
     report: Callable[[dict[str, Any]], None]
+    source: Callable[[int], str] = lambda step: "the training data"
+    flops_per_token: float | None = None
+    peak_tflops: float | None = None
 
 
 class Trainer:
@@ -77,6 +83,7 @@ class Trainer:
 
     def __init__(self, model: Model, settings: Train, world: World, extras: dict[str, Extra] | None = None) -> None:
         self.model, self.settings, self.world, self.step, self.extras = model, settings, world, 0, extras or {}
+        self.guard = Guard(settings)
         config = model.config
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -132,7 +139,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the sharded tensors."""
         extras = {name: extra.state_dict() for name, extra in self.extras.items()}
-        return {"step": self.step, "scheduler": self.scheduler.state_dict(), "extras": extras}
+        return {"step": self.step, "scheduler": self.scheduler.state_dict(), "guard": self.guard.state_dict(), "extras": extras}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. From here on the learning rate is what today's settings give at each step, not those of the checkpoint."""
@@ -144,13 +151,14 @@ class Trainer:
         for group in self.optimizer.param_groups:  # loaded with the optimizer's state; the schedule reads them there
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
+        self.guard.load_state_dict(state["guard"])
         for name, extra in self.extras.items():
             extra.load_state_dict(state["extras"][name])
 
     def update(self, batches: list[Batch], loss: StepLoss) -> dict[str, float]:
         """One optimizer step. Returns the loss parts per counted token, how many these were, the gradient norm and the learning rate used.
 
-        A step whose loss or gradient is not finite changes nothing: `skipped` is 1.
+        A step that the guard does not let pass changes nothing: `skipped` is 1, and `skipped_steps` tells how many these were so far.
         """
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
@@ -161,9 +169,9 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         # every rank sees the same sums and the same norm, so every rank skips; a bf16 optimizer would not notice by itself
         grad_norm = self._grad_norm() if all(math.isfinite(value) for value in parts.values()) else math.nan
-        if math.isfinite(grad_norm):
+        if passed := self.guard.passes(parts, grad_norm):
             self._step(grad_norm)
-        line = {**parts, "grad_norm": grad_norm, "lr": lr, "skipped": int(not math.isfinite(grad_norm))}
+        line = {**parts, "grad_norm": grad_norm, "lr": lr, "skipped": int(not passed), "skipped_steps": self.guard.skipped}
         return {**line, **loss.finish(line)}
 
     @torch.no_grad()
@@ -261,31 +269,29 @@ def report(task: Task, metrics: dict[str, Any], world: World) -> None:
 def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     """Train from `trainer.step` to the last step, reporting, validating and saving on the way.
 
-    Raises RequestError after several steps in a row that were not finite, Stopped (from `checkpoints`) on a signal.
+    Raises RequestError after `train.max_bad_steps` steps in a row that the guard left out, Stopped (from `checkpoints`) on a signal.
     """
-    settings, world = trainer.settings, trainer.world
-    bad = 0
+    settings, world, guard = trainer.settings, trainer.world, trainer.guard
+    tokens = settings.global_batch_size * settings.seq_length
+    meter = Meter(tokens, world.size, task.flops_per_token, task.peak_tflops)
     while trainer.step < settings.steps:
         started = time.perf_counter()
         batches = task.microbatches(trainer.step)
+        data_seconds = time.perf_counter() - started
         line = trainer.update(batches, task.loss(trainer.step, batches))
         trainer.step += 1
-        bad = bad + 1 if line["skipped"] else 0
-        if bad == BAD_STEPS_IN_A_ROW:
-            raise RequestError(
-                f"the loss was not finite for {bad} steps in a row, up to step {trainer.step}: lower train.lr={settings.lr} or check the data"
-            )
-        seconds = time.perf_counter() - started
-        tokens = settings.global_batch_size * settings.seq_length
-        metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
+        figures = meter.figures(time.perf_counter() - started, data_seconds, peak_memory(world.device))
+        metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, **figures}
         if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
             del metrics["counted_tokens"]
         if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
             trainer.settle()
             metrics |= task.validate()
         report(task, metrics, world)
+        if said := guard.verdict(trainer.step, task.source(trainer.step - 1)):
+            raise RequestError(said)
         stopping = stop_requested()
-        due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
+        due = trainer.step % settings.save_interval == 0 and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps
         if due or trainer.step == settings.steps or stopping:
             trainer.settle()
             checkpoints.save(trainer)

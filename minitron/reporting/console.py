@@ -75,7 +75,7 @@ def _short(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
@@ -127,7 +127,8 @@ class _Bar(Progress):
             (name, self.bar, share),
             (name, share),
         )
-        super().__init__(*self.layouts[0], console=console, expand=True, refresh_per_second=4)
+        # the time to come is told from the turns of the last hour: of large models a step alone takes more than rich's own half a minute
+        super().__init__(*self.layouts[0], console=console, expand=True, refresh_per_second=4, speed_estimate_period=3600)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """Asked for anew at every refresh, so it follows a terminal that changes its width."""
@@ -172,7 +173,7 @@ def _plain_lines(description: str, total: int, start: int, console: Console) -> 
             return
         said, elapsed = now, now - began
         remaining = elapsed / (done - start) * max(total - done, 0)
-        line = f"{description} {done:,}/{total:,} ({done * 100 // max(total, 1)} %) elapsed {_clock(elapsed)} ETA {_clock(remaining)}"
+        line = f"{description} {done:,}/{total:,} ({done * 100 // max(total, 1)} %) elapsed {clock(elapsed)} ETA {clock(remaining)}"
         console.out(line + (f" {field_text(shown)}" if shown else ""), highlight=False)
 
     return advance

@@ -352,7 +352,7 @@ def train_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
     caption = (
         f"From {decimal(loss[0], 3)} to {decimal(float(smooth(drawn[1])[-1]), 3)} over {size(tokens[-1])} tokens and {metrics[-1]['step']:,} steps."
     )
-    if skipped := sum(int(bool(line.get("skipped"))) for line in metrics):
+    if skipped := metrics[-1].get("skipped_steps", sum(int(bool(line.get("skipped"))) for line in metrics)):
         caption += f" Skipped steps: {skipped}."
     return Picture(title, caption, draw("training", 270, paint))
 

@@ -10,6 +10,7 @@ from minitron.files import write_text
 from minitron.reporting import page, pictures
 from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles, read_run
+from minitron.reporting.speed import speed
 from minitron.reporting.wording import ABSENT, SIZES, decimal, kept_of, percent, ratio, size, size_of
 
 REPORT = "report.html"
@@ -147,7 +148,8 @@ def training(run: RunFiles) -> str:
     if not run.metrics:
         return page.section("training", "Training", page.absent("metrics.jsonl", "train" if run.whole else "distill"))
     drawn = (pictures.train_curve(run.metrics), pictures.validation_curve(run.metrics, run.evals or {}))
-    return page.section("training", "Training", page.grid(*(page.card(picture) for picture in drawn if picture is not None)))
+    cards = page.grid(*(page.card(picture) for picture in drawn if picture is not None))
+    return page.section("training", "Training", page.remark(speed(run.metrics)), cards)
 
 
 def evaluation(run: RunFiles) -> str:

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from minitron.engine.trainer import BAD_STEPS_IN_A_ROW
 from minitron.errors import RequestError
 from tests.engine.runs import SETTINGS, Run
 from tests.multirank.ranks import Layout, on_ranks
@@ -58,17 +57,23 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, dtype, value, folder)
 @pytest.mark.parametrize("save_interval", [10, 2])
 def test_steps_that_are_not_finite_end_the_run_with_one_line(save_interval, folder, alone, tmp_path):
     run = Run(alone, folder, dataclasses.replace(SETTINGS, save_interval=save_interval))
-    count = BAD_STEPS_IN_A_ROW
-    with pytest.raises(RequestError, match=rf"not finite for {count} steps in a row, up to step {count}: lower train.lr=0.003"):
+    count = SETTINGS.max_bad_steps
+    said = (
+        rf"^step {count} \(samples 16 to 19 of the training data\) was the last of {count} in a row that were left out: its loss was not finite; "
+        r"lower train\.lr=0\.003, or look at the data there$"
+    )
+    with pytest.raises(RequestError, match=said):
         run.fit(tmp_path, loss=spoiled(run.task.loss, "loss"))
-    assert [line["skipped"] for line in run.lines] == [1] * (count - 1)
+    assert [(line["skipped"], line["skipped_steps"]) for line in run.lines] == [(1, number) for number in range(1, count + 1)]
+    assert list(tmp_path.glob("step_*")) == []
 
 
 def test_it_reports_every_step_and_validates_and_saves_at_its_intervals(folder, alone, tmp_path):
     run = Run(alone, folder).fit(tmp_path)
     assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in run.lines] == [48 * step for step in range(1, 7)]
-    assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in run.lines)
+    assert all(line["tokens_per_second"] > 0 and line["skipped"] == line["skipped_steps"] == 0 for line in run.lines)
+    assert all(0 < line["data_seconds"] < line["step_seconds"] and line["peak_memory_gib"] > 0 for line in run.lines)
     assert [line["step"] for line in run.lines if "valid_loss" in line] == [4, 6]
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000006"]  # the newest two
     assert (tmp_path / "latest").read_text() == "6\n"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron.engine.peers import tells_of_loss
-from minitron.errors import LostRank, RequestError
+from minitron.engine.peers import tells_of_loss, tells_of_silence
+from minitron.errors import HungRank, LostRank, RequestError
 from tests.stages.commands import running, small_compression
 
 pytestmark = pytest.mark.multirank
@@ -62,6 +63,23 @@ def said_while(error, cause):
 )  # fmt: skip
 def test_which_errors_tell_of_a_lost_rank(error, told):
     assert tells_of_loss(error) is told
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"), True),
+        (RuntimeError("[unbound_buffer.cc:129] Timed out waiting 3000ms for send operation to complete"), True),
+        (dist.DistStoreError("wait timeout after 3000ms, keys: /default_pg/0//30//cpu//0/1"), True),
+        (dist.DistNetworkError("The client socket has timed out after 300000ms while trying to connect to (127.0.0.1, 29500)."), True),
+        (said_while(ValueError("no checkpoint"), RuntimeError("Timed out waiting 9ms for recv operation to complete")), True),
+        (RuntimeError(GLOO), False),
+        (TimeoutError("Timed out waiting for a hub"), False),
+        (None, False),
+    ],
+)
+def test_which_errors_tell_of_a_rank_that_hangs(error, told):
+    assert tells_of_silence(error) is told
 
 
 # What happens to a run: called in every rank before its command. The rank `victim` ends where MODULE:FUNCTION is called for the `times`-th time.
@@ -117,6 +135,16 @@ def killed_leaving_a_child():
         killed()
     time.sleep(10)
     os._exit(0)
+
+
+def asleep():
+    time.sleep(1000)
+
+
+def asleep_and_deaf():
+    """As in a library that no signal reaches."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+    time.sleep(1000)
 
 
 def failed():
@@ -194,7 +222,7 @@ def before(undisturbed, tmp_path):
 
 def steps(text):
     """The lines of metrics without what tells time."""
-    return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "time"} for line in text.splitlines()]
+    return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "peak_memory_gib"} for line in text.splitlines()]
 
 
 READ = {  # files of equal content that are not the same bytes
@@ -264,3 +292,23 @@ def test_a_rank_that_fails_tells_its_own_story_and_the_others_theirs(before, usu
     assert said[1].startswith("Traceback")
     assert said[1].endswith("KeyError: 'a defect'\n")
     assert said[1].count("Traceback") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "layout", "size", "waits"),
+    [
+        (asleep, ["parallel.tp=2"], 2, r"torch\.distributed\.distributed_c10d\.\w+, called from minitron\.[\w.]+"),
+        (asleep_and_deaf, ["parallel.tp=2"], 2, r"torch\.distributed\.distributed_c10d\.\w+, called from minitron\.[\w.]+"),
+        (asleep, [], 3, r"torch\.distributed\.distributed_c10d\.\w+, called from minitron\.[\w.]+"),
+    ],
+)
+def test_a_rank_that_hangs_ends_all_in_a_line_each(before, usual, tmp_path, how, layout, size, waits):
+    """Of those that wait for it one speaks; the one that hangs says where."""
+    prepare, short = functools.partial(ends, how, FORWARD, 3, size - 1), "parallel.timeout_minutes=0.15"
+    codes, said = executed(tmp_path / "log", before("calibrate"), "calibrate", usual, *layout, short, prepare=prepare, size=size)
+    assert codes == [75] * size
+    first = re.escape(str(HungRank(0, 0.15))).replace("rank\\ 0", r"rank\ \d", 1).replace("another\\ rank", rf"another\ rank in {waits}", 1)
+    assert re.fullmatch(f"minitron: {first}\n", "".join(said[:-1])), said
+    name = f"tests.multirank.test_lost_ranks.{how.__name__}, called from minitron."
+    assert said[-1].startswith(f"minitron: rank {size - 1}, while rank ") and f" waited for another, was in {name}" in said[-1], said
+    assert said[-1].count("\n") == 1, said

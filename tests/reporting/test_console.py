@@ -191,3 +191,13 @@ def test_names_from_files_are_shown_as_they_are():
         {"teacher": {"params": 1, "loss": 1.0, "perplexity": 2.7, "texts": {name: {"loss": 1.0}}, "tasks": {name: 0.5}}}, {name: name}, console=to
     )
     assert printed(to).count(name) == 4
+
+
+def test_the_time_to_come_is_told_of_turns_that_take_minutes():
+    now = [0.0]
+    to = Console(file=io.StringIO(), width=120, force_terminal=True, legacy_windows=False, get_time=lambda: now[0])
+    with progress("train", 10, True, console=to) as advance:
+        for _ in range(4):
+            now[0] += 90
+            advance()
+    assert "ETA 0:09:00" in printed(to)

@@ -1,9 +1,13 @@
-"""The metrics file over a run's life: written, interrupted, resumed, broken; and Weights & Biases beside it."""
+"""The metrics file over a run's life: written, interrupted, resumed, broken; Weights & Biases and TensorBoard beside it."""
 
 import importlib.util
 import json
 import math
+import os
+import signal
+import struct
 import sys
+import time
 import types
 
 import pytest
@@ -12,8 +16,11 @@ from minitron.config.schema import Logging
 from minitron.errors import RequestError
 from minitron.reporting.runfiles import read_metrics
 from minitron.reporting.tracking import Tracker
+from tests.multirank.ranks import Died, started
 
-QUIET, WANDB = Logging(), Logging(wandb=True, wandb_project="tests")
+QUIET, WANDB, TB = Logging(), Logging(wandb=True, wandb_project="tests"), Logging(tensorboard=True)
+WANDB_BLOCK = 32768  # bytes
+needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed (minitron[logging])")
 
 
 def tracker(folder, start_step=0, logging=QUIET):
@@ -155,14 +162,99 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, fake_wandb):
     assert two.exit_codes == [1]
 
 
+def wandb_history(path):
+    """The history rows of an offline run's file: records of wandb's own protocol, framed as LevelDB frames its logs, checksums left alone."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""  # after wandb's header
+    while at + 7 <= len(data):
+        left = WANDB_BLOCK - at % WANDB_BLOCK
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind in (1, 2, 3, 4), kind  # full, first, middle, last
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):
+            record, whole = Record.FromString(whole), b""
+            if record.WhichOneof("record_type") == "history":
+                named = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                yield {name: value for name, value in named.items() if not name.startswith("_")}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the package wandb is not installed (pip install minitron[logging])")
-def test_wandb_offline_keeps_the_run_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    with tracker(tmp_path, logging=WANDB) as tracked:
-        tracked.log({"step": 1, "loss": 1.0})
+def test_wandb_offline_holds_the_metrics_of_the_file(tmp_path, monkeypatch):
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    long = {f"figure_{number}": number / 7 for number in range(400)}  # a record is then in several frames
+    for start, end in ((0, 6), (4, 8)):  # the second goes on from a checkpoint
+        time.sleep(1.1)  # wandb names a run's folder by the second that it began in
+        with tracker(tmp_path, start_step=start, logging=WANDB) as tracked:
+            for step in range(start + 1, end + 1):
+                tracked.log({"step": step, "loss": 1 / (step + start), "skipped": 0, **long})
     identity = (tmp_path / "wandb_id").read_text().strip()
-    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert identity in record.name and record.stat().st_size > 0
-    assert strict_lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+    records = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(records) == 2 and all(identity in path.name for path in records)
+    first, second = (list(wandb_history(path)) for path in records)
+    told = strict_lines(tmp_path)
+    assert [line["step"] for line in told] == [*range(1, 9)]
+    assert (first[:4], second) == (told[:4], told[4:])
+    assert [row["step"] for row in first] == [1, 2, 3, 4, 5, 6]
+
+
+def scalars(folder):
+    """What TensorBoard itself would show: by name, its (step, value) pairs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@needs_tensorboard
+def test_tensorboard_shows_the_metrics_of_the_file_once(tmp_path):
+    for start, end in ((0, 6), (4, 8)):
+        with tracker(tmp_path, start_step=start, logging=TB) as tracked:
+            for step in range(start + 1, end + 1):
+                tracked.log({"step": step, "loss": 1 / (step + start), "skipped": 0, "note": "text"} | ({"valid_loss": 9.0} if step == 6 else {}))
+    told, shown = strict_lines(tmp_path), scalars(tmp_path)
+    assert {*shown} == {"loss", "skipped", "valid_loss"}
+    for name in shown:
+        assert shown[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in told if name in line]
+
+
+@needs_tensorboard
+def test_a_run_that_starts_over_leaves_tensorboard_nothing_of_the_earlier_one(tmp_path):
+    for value in (1.0, 2.0):
+        with tracker(tmp_path, logging=TB) as tracked:
+            tracked.log({"step": 1, "loss": value})
+    assert scalars(tmp_path) == {"loss": [(1, 2.0)]}
+
+
+def logging_until_killed(folder):
+    """Three steps, half a fourth, and then the process is no more."""
+    tracked = tracker(folder, logging=TB)
+    for step in (1, 2, 3):
+        tracked.log({"step": step, "loss": 1 / step})
+    tracked._file.write('{"step": 4, "lo')
+    tracked._file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_tensorboard
+@pytest.mark.multirank
+def test_a_killed_run_leaves_files_that_can_be_read_and_gone_on_with(tmp_path):
+    with started(logging_until_killed, 1, tmp_path) as ranks, pytest.raises(Died, match="exit code -9"):
+        ranks.results(timeout=60)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [1, 2, 3]
+    time.sleep(1.1)  # event files are put in order by the second that they were begun in, and then by the process
+    with tracker(tmp_path, start_step=2, logging=TB) as resumed:
+        resumed.log({"step": 3, "loss": 5.0})
+    assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 0.5), (3, 5.0)]
+    assert strict_lines(tmp_path)[-1] == {"step": 3, "loss": 5.0}
+
+
+def test_tensorboard_without_the_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RequestError, match=r"^logging\.tensorboard=true: .*not installed.*logging\.tensorboard=false$"):
+        tracker(tmp_path, logging=TB)

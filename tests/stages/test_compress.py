@@ -27,7 +27,7 @@ ARTIFACTS = (
 def lines(run):
     """The metrics of a run, without those that tell time."""
     with open(run / "metrics.jsonl", encoding="utf-8") as handle:
-        return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "time"} for line in handle]
+        return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "peak_memory_gib"} for line in handle]
 
 
 def results(run):

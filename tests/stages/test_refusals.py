@@ -124,8 +124,14 @@ def without_wandb():
     sys.modules["wandb"] = None
 
 
+def without_tensorboard():
+    """Likewise."""
+    sys.modules["tensorboard"] = None
+
+
 def test_packages_that_are_not_there_are_missed_at_once(refused, tmp_path):
     assert refused("logging.wandb=true", prepare=without_wandb).startswith("logging.wandb=true: the package wandb is not installed")
+    assert refused("logging.tensorboard=true", prepare=without_tensorboard).startswith("logging.tensorboard=true: the package tensorboard is not")
     assert not (tmp_path / "run").exists()
     if not torch.cuda.is_available():
         assert refused("spec=transformer_engine") == "spec=transformer_engine: Transformer Engine needs a GPU; use auto or torch"

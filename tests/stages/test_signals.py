@@ -79,7 +79,7 @@ def said(log, size):
 def lines(run):
     """The metrics of a run, without those that tell time."""
     return [
-        {key: value for key, value in json.loads(line).items() if "second" not in key and key != "time"}
+        {key: value for key, value in json.loads(line).items() if "second" not in key and key != "peak_memory_gib"}
         for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
 

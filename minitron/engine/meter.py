@@ -1,0 +1,71 @@
+"""What a training step cost: time, speed, the arithmetic of the models, memory."""
+
+import dataclasses
+import resource
+import sys
+
+import torch
+
+# Dense matrix products in 10^12 a second, from the makers' data sheets, by part of the device's name, the first that fits (a GH200
+# is an H200 here), and by type. fp32 is without TF32, which stays off here.
+PEAK_TFLOPS = (
+    ("H100 PCIe", {"bf16": 756.0, "fp32": 51.0}),
+    ("H100 NVL", {"bf16": 835.0, "fp32": 60.0}),
+    ("H100", {"bf16": 989.0, "fp32": 67.0}),
+    ("H200", {"bf16": 989.0, "fp32": 67.0}),
+    ("B200", {"bf16": 2250.0, "fp32": 75.0}),
+    ("A100", {"bf16": 312.0, "fp32": 19.5}),
+    ("L40S", {"bf16": 362.0, "fp32": 91.6}),
+)
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """Turns a step's seconds into figures. `tokens`: of one step over all ranks; `flops_per_token`: of every model's passes over a token.
+
+    FLOPs are those of the models' matrices, attention scores and heads, multiply-adds counted as two, a backward pass as two forward passes
+    (arXiv 2204.02311, appendix B); what is computed twice to save memory is counted once, attention at full length.
+    """
+
+    tokens: int
+    ranks: int
+    flops_per_token: float | None = None
+    peak_tflops: float | None = None
+
+    def figures(self, step_seconds: float, data_seconds: float, memory_gib: float) -> dict[str, float]:
+        """What a step is logged with: speeds over all ranks and per rank (on GPUs, of one GPU), and rank 0's seconds and memory.
+
+        Without `flops_per_token` there is no `tflop_per_second_per_rank`, without `peak_tflops` no `mfu`, the share of the peak that was used.
+        """
+        per_second = self.tokens / step_seconds
+        found = {
+            "tokens_per_second": per_second,
+            "tokens_per_second_per_rank": per_second / self.ranks,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "peak_memory_gib": memory_gib,
+        }
+        if self.flops_per_token is not None:
+            found["tflop_per_second_per_rank"] = self.flops_per_token * per_second / self.ranks / 1e12
+            if self.peak_tflops is not None:
+                found["mfu"] = found["tflop_per_second_per_rank"] / self.peak_tflops
+        return found
+
+
+def peak_of(device_name: str, dtype: str) -> float | None:
+    """TFLOP/s that a GPU of this name can reach at most; None where the table does not know it."""
+    return next((peaks[dtype] for part, peaks in PEAK_TFLOPS if part in device_name), None)
+
+
+def device_peak(device: torch.device, dtype: str) -> float | None:
+    """`peak_of` this process's device; None for a CPU."""
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process had so far, in GiB: what torch allocated on its GPU, or on a CPU what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

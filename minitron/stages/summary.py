@@ -1,0 +1,18 @@
+"""`minitron summary`: what a run came to so far, on the console. No model is needed, and no other process disturbed."""
+
+from pathlib import Path
+
+from minitron.config.schema import Config
+from minitron.errors import refuse
+from minitron.files import read_json
+from minitron.record import RECORD, at_work
+from minitron.reporting.summary import show_summary
+
+
+def run(cfg: Config) -> None:
+    """Print the summary of run.dir; changes nothing there."""
+    folder = Path(cfg.run.dir)
+    if not (folder / RECORD).is_file():
+        raise refuse("run.dir", folder, "the folder of a run is needed")
+    stages = {name: "done" if entry.get("done") else "not finished" for name, entry in read_json(folder / RECORD).items()}
+    show_summary(folder, stages, at_work(folder))
