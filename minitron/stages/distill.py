@@ -32,7 +32,7 @@ def work(opened: Session) -> None:
     hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
     teacher = given or teacher_of(opened, hidden.teacher_states if hidden else None)
     loss = distillation_loss(student, teacher, cfg.distill, world, hidden)
-    train(opened, student, loss, {"hidden": hidden} if hidden else {}, opened.teacher_source.arch if cached is None else None)
+    train(opened, student, loss, {"hidden": hidden} if hidden else {}, opened.teacher_source.arch if given is None else None)
     opened.mark("distill", done=True)
     if world.is_main:
         say(f"{opened.checkpoints.path(cfg.train.steps)}: the student after {counted(cfg.train.steps, 'step')}")
