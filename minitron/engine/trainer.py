@@ -223,6 +223,14 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
 
     Raises RequestError after several steps in a row that were not finite, Stopped (from `checkpoints`) on a signal.
     """
+    checkpoints.begin(trainer)
+    try:
+        _steps(trainer, task, checkpoints, stop_requested)
+    finally:
+        checkpoints.drop()
+
+
+def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     settings, world = trainer.settings, trainer.world
     bad = 0
     while trainer.step < settings.steps:
@@ -240,12 +248,14 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, "tokens_per_second": tokens / seconds}
         if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
             del metrics["counted_tokens"]
-        if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
+        last = trainer.step == settings.steps
+        due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
+        if due or last or trainer.step % settings.eval_interval == 0:  # of checkpoints the best is kept
             metrics |= task.validate()
         report(task, metrics, world)
         stopping = stop_requested()
-        due = trainer.step % settings.save_interval == 0 and not bad  # a good checkpoint is not given up for one amid bad steps
-        if due or trainer.step == settings.steps or stopping:
-            checkpoints.save(trainer)
-        if stopping and trainer.step < settings.steps:
+        checkpoints.poll(world)
+        if due or last or stopping:
+            checkpoints.save(trainer, metrics.get("valid_loss"), final=last or stopping)
+        if stopping and not last:
             checkpoints.stop(trainer)

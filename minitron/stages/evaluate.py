@@ -29,7 +29,7 @@ def work(opened: Session) -> dict[str, Any]:
     models = {"teacher": lambda: opened.teacher}
     if engine.on_main(opened.world, opened.pruned.is_dir):
         models["pruned"] = opened.load_pruned
-    if engine.on_main(opened.world, opened.checkpoints.latest) is not None:
+    if opened.chosen() is not None:
         models["student"] = opened.load_student
     absent = [f"{name} (minitron {verb} makes it)" for name, verb in MAKERS.items() if name not in models]
     if absent and opened.world.is_main:
