@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization, strategies
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.engine.parallel import World, any_rank, on_main, refuse_together
@@ -49,7 +50,7 @@ class Saving:
         with self._failing_together(), written_by_threads():
             self.request = dist_checkpointing.save(state, str(self.temporary), async_sharded_save=True)
         self.writer: Writer = self.request.async_fn.__self__
-        self.thread = threading.Thread(target=self._write)
+        self.thread = threading.Thread(target=self._write, name="save")
         self.thread.start()
 
     def _write(self) -> None:
@@ -169,12 +170,12 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def written_by_threads() -> Iterator[None]:
     """Inside the block Megatron prepares saves for our writer."""
-    usual = strategies.torch.FileSystemWriterAsync
-    strategies.torch.FileSystemWriterAsync = Writer
+    usual = torch_strategies.FileSystemWriterAsync
+    torch_strategies.FileSystemWriterAsync = Writer
     try:
         yield
     finally:
-        strategies.torch.FileSystemWriterAsync = usual
+        torch_strategies.FileSystemWriterAsync = usual
 
 
 @contextlib.contextmanager

@@ -48,8 +48,10 @@ class Writer(filesystem_async.FileSystemWriterAsync):
 
     def write(self) -> None:
         """Write this rank's files, each by a thread. An error is kept for `retrieve_write_results`."""
+        torch.serialization.set_crc32_options(False)  # a checksum of each tensor: there is one of each file
         with ThreadPoolExecutor(max(len(self.buckets), 1)) as pool:
             written = [pool.submit(self._write_file, *bucket) for bucket in self.buckets]
+        torch.serialization.set_crc32_options(True)
         for future in written:
             if (error := future.exception()) is not None:
                 self.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
