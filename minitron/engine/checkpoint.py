@@ -116,7 +116,7 @@ class Checkpoints:
     keep_last: int = 2
     keep_every: int | None = None
     in_background: bool = False
-    damaged: set[int] = dataclasses.field(default_factory=set)  # found so, by reading all of them
+    damaged: dict[int, str] = dataclasses.field(default_factory=dict)  # found so, by reading all of them, and what is wrong
     intact: set[int] = dataclasses.field(default_factory=set)
     kept: Host = dataclasses.field(default_factory=dict)  # room for the copies that are written in the background
     pending: tuple[int, Saving] | None = None  # the save in flight, and its step
@@ -203,7 +203,7 @@ class Checkpoints:
             return
         (step, saving), self.pending = self.pending, None
         saving.finish()
-        self.damaged.discard(step)
+        self.damaged.pop(step, None)
         self.intact.add(step)
 
         def settle() -> None:
@@ -236,18 +236,18 @@ class Checkpoints:
         One that is damaged is said, in one line, and the next takes its place. None if there never was a checkpoint. Raises RequestError
         where none is left, or none is such.
         """
-        said: list[str] = []
+        known, wrong = set(self.damaged), list[str]()
         for step in on_main(world, lambda: self._candidates(which)):
-            wrong = None if step in self.intact else fault_of(self.path(step), world)
-            if wrong is None:
+            found = None if step in self.intact else self.damaged.get(step) or fault_of(self.path(step), world)
+            if found is None:
                 self.intact.add(step)
-                for line in said if world.is_main else ():
-                    say_once(f"{line}: this checkpoint is skipped")
+                for one in [one for one in self.damaged if one not in known and world.is_main]:
+                    say_once(f"{self.damaged[one]}: this checkpoint is skipped")
                 return step
-            said.append(wrong)
-            self.damaged.add(step)
-        if said:
-            told = f"{said[0]}{f' (and {len(said) - 1} more)' if said[1:] else ''}"
+            self.damaged[step] = found
+            wrong.append(found)
+        if wrong:
+            told = f"{wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}"
             raise RequestError(f"{told}: no checkpoint in {self.folder} is left to go on from; restore one, or use another run.dir")
         return None
 

@@ -88,7 +88,7 @@ def chosen_after_damages(world, saved, scratch):
                 damage(copy / "step_00000006" / file)
             torch.distributed.barrier()
             here = Checkpoints(copy)
-            found[file, name] = here.choose("last", world), here.damaged
+            found[file, name] = here.choose("last", world), set(here.damaged), here.choose("last", world)
     return found, said
 
 
@@ -97,7 +97,7 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(saved, t
     files = sorted(path.name for path in (saved / "step_00000006").iterdir())
     assert {MARKER, ".metadata", "common.pt", "__0_0.distcp", "__1_0.distcp", "notes.json"} <= {*files}
     found = on_ranks(chosen_after_damages, Layout(tp=2), saved, tmp_path)
-    assert [chosen for chosen, _ in found] == [{(file, name): (4, {6}) for file in files for name in DAMAGES}] * 2
+    assert [chosen for chosen, _ in found] == [{(file, name): (4, {6}, 4) for file in files for name in DAMAGES}] * 2
     assert found[1][1] == []
     for line, (file, name) in zip(found[0][1], found[0][0], strict=True):
         assert line.startswith(f"{tmp_path}/{file}-{name}/step_00000006/{file}: ")
@@ -115,7 +115,7 @@ def gone_on(world, model, saved):
     run.step()
     here.save(run.trainer)
     here.drop()
-    return began, between, sorted(path.name for path in saved.glob("*step_*")), here.damaged
+    return began, between, sorted(path.name for path in saved.glob("*step_*")), set(here.damaged)
 
 
 @pytest.mark.multirank
