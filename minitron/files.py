@@ -71,12 +71,17 @@ def usual_mode() -> int:
 def remove(path: Path) -> None:
     """Remove a file or a folder if it is there. A folder loses its name first: half of one is never found under it."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(retire(path))
     else:
         path.unlink(missing_ok=True)
+
+
+def retire(folder: Path) -> Path:
+    """Give a folder that is to be removed another name, beside it, and return that."""
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    return doomed
 
 
 def write_text(path: Path, text: str) -> None:

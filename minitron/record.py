@@ -22,14 +22,15 @@ RECORD, LOCK = "stages.json", ".lock"
 # the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
 ARTIFACTS = {
     "data": "data/manifest.json", "calibrate": "importance.safetensors", "prune": "pruned/arch.json",
-    "distill": "checkpoints/step_*/metadata.json", "train": "checkpoints/step_*/metadata.json", "evaluate": "eval.json", "export": "hf/config.json",
+    "distill": "checkpoints/step_*/manifest.json", "train": "checkpoints/step_*/manifest.json", "evaluate": "eval.json", "export": "hf/config.json",
 }  # fmt: skip
 # a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there
 COMPRESSION = ("compress", "calibrate", "prune", "cache", "distill")
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
-              "train.save_interval", "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
+              "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
+              "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
               "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather")  # fmt: skip
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")

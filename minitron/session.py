@@ -53,10 +53,16 @@ class Session:
         """The pruned model."""
         return self.folder / "pruned"
 
-    @property
+    @functools.cached_property
     def checkpoints(self) -> engine.Checkpoints:
         """The student's checkpoints."""
-        return engine.Checkpoints(self.folder / "checkpoints")
+        train = self.cfg.train
+        return engine.Checkpoints(self.folder / "checkpoints", train.keep_last, train.keep_every, train.async_save)
+
+    def chosen(self) -> int | None:
+        """The step of the checkpoint that run.checkpoint asks for, read and found whole; None where nothing was trained yet. Called by every rank
+        together. Raises RequestError where there is none such."""
+        return self.checkpoints.choose(self.cfg.run.checkpoint, self.world)
 
     @functools.cached_property
     def source(self) -> Source:
@@ -180,11 +186,12 @@ class Session:
         """The pruned model, before any retraining."""
         if not engine.on_main(self.world, self.pruned.is_dir):
             raise refuse("run.dir", self.folder, "there is no pruned model here; minitron prune makes it")
+        engine.check_whole(self.pruned, self.world)
         return self._load(self.pruned)
 
     def load_student(self) -> engine.Model:
-        """The student of the newest checkpoint."""
-        step = engine.on_main(self.world, self.checkpoints.latest)
+        """The student of the checkpoint that run.checkpoint asks for."""
+        step = self.chosen()
         if step is None:
             raise refuse("run.dir", self.folder, "there is no checkpoint here; minitron distill makes them, or minitron train")
         return self._load(self.checkpoints.path(step))
@@ -214,6 +221,9 @@ class Session:
     def inputs(self, verb: str) -> dict[str, str]:
         """Fingerprints of what a stage starts from, as they are now."""
         found = {"model": self.source.fingerprint()}
+        if verb in ("evaluate", "export"):
+            which = self.cfg.run.checkpoint
+            found["checkpoint"] = str(self.checkpoints.latest() if which == "last" else which)
         if verb in ("distill", "evaluate") and self.cfg.teacher.path is not None:
             found["teacher"] = self.teacher_source.fingerprint()
         manifest = Manifest.load(self.folder / "data")

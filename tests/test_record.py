@@ -29,7 +29,7 @@ def run(tmp_path):
     def make(done=(), begun=(), steps=(), cfg=None):
         cfg = cfg or config()
         write_json(tmp_path / RECORD, {stage: {"done": stage in done, "settings": settings_of(cfg, stage, free=True)} for stage in (*done, *begun)})
-        files = [ARTIFACTS[stage] for stage in done if stage != "distill"] + [f"checkpoints/step_{step:08}/metadata.json" for step in steps]
+        files = [ARTIFACTS[stage] for stage in done if stage != "distill"] + [f"checkpoints/step_{step:08}/manifest.json" for step in steps]
         for file in (tmp_path / name for name in files):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("{}")

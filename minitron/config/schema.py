@@ -42,6 +42,13 @@ def check(group: Any, prefix: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class Run:
     dir: str = setting(MISSING, "folder that receives every file of this run; the same command continues in it")
+    checkpoint: str | int = setting(
+        "last", "which of the training's checkpoints evaluate and export read: last, best (least validation loss), or the step of one"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, str) and self.checkpoint not in ("last", "best"):
+            raise refuse("run.checkpoint", self.checkpoint, "last, best or the step of a checkpoint is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +268,10 @@ class Train:
     )
     spike_window: int = setting(32, "good steps that spike_factor looks back on; until there are as many, no loss is too high", least=1)
     max_bad_steps: int = setting(5, "steps in a row with a loss or gradient that is not finite, or a spike, after which the run stops", least=1)
-    save_interval: int = setting(500, "steps between checkpoints", least=1)
+    save_interval: int = setting(500, "steps between checkpoints, each with a validation", least=1)
+    keep_last: int = setting(2, "newest checkpoints to keep; the one with the least validation loss stays beside them", least=1)
+    keep_every: int | None = setting(None, "also keep checkpoints whose step is a multiple of this (null: none)", least=1)
+    async_save: bool = setting(True, "copy what a checkpoint holds and write it beside the next steps; takes host memory for the copy")
     eval_interval: int = setting(100, "steps between validations", least=1)
     eval_tokens: int = setting(16384, "tokens of data.valid that one validation reads", least=1)
 

@@ -1,37 +1,33 @@
-"""Distributed checkpoints: each rank writes and reads its own shards; a checkpoint is complete or absent."""
+"""The checkpoints of a training: what is in one, which of them are kept, and which one is read."""
 
-import contextlib
 import dataclasses
-import errno
-import functools
 import json
-import logging
-import os
-import queue
+import math
 import re
 import shutil
 import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor, serialization, strategies
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS, Indices
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import Model, put, rows, skeleton
-from minitron.engine.optimizer_state import give_state, padding_stays, step_counts_stay, unshare_steps
-from minitron.engine.parallel import World, on_main, refuse_together
-from minitron.errors import RequestError, Stopped
-from minitron.files import fsync_path, os_errors_are_requests, read_json, remove, write_text
+from minitron.engine.optimizer_state import Host, give_state, host_copy, states_by_parameter, step_counts_stay, unshare_steps
+from minitron.engine.parallel import World, on_main
+from minitron.engine.sharded import Saving, fault_of, load_sharded, save_sharded
+from minitron.engine.verified import whole
+from minitron.errors import RequestError, Stopped, refuse, say_once
+from minitron.files import os_errors_are_requests, read_json, remove, retire, write_text
 
 if TYPE_CHECKING:
     from minitron.engine.trainer import Trainer
@@ -39,9 +35,9 @@ if TYPE_CHECKING:
 # "self_attention.linear_qkv.layer_norm_weight" -> "input_layernorm.weight": stacked layers share one name in a checkpoint
 PLAIN_NAMES = {row.fused.split("{layer}.")[1]: row.name.split("{layer}.")[1] for row in PARAMETERS if row.fused}
 PADDED = tuple(row.name.split("{layer}.")[-1] for row in PARAMETERS if row.tp_dim is not None and row.dims[row.tp_dim].axis in ("groups", "vocab"))
-OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
-# what Megatron's writer takes from `multiprocessing`
-THREADS = types.SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Process=functools.partial(threading.Thread, daemon=True))
+# the whole state on the first data-parallel rank, in host memory
+OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+NOTES = "notes.json"
 
 
 def model_state(model: Model, world: World) -> dict[str, Any]:
@@ -66,110 +62,6 @@ def model_state(model: Model, world: World) -> dict[str, Any]:
 
     dict_list_map_inplace(neutral, state)
     return state
-
-
-def save_sharded(state: dict[str, Any], folder: Path, world: World, texts: dict[str, str] | None = None) -> None:
-    """Write a sharded state as `folder`: every rank into a temporary folder, which takes its name when all are done.
-
-    `texts` are small files to go along. Raises RequestError on every rank if any rank could not write.
-    """
-    temporary = folder.with_name(f".{folder.name}.partial")
-
-    def begin() -> None:
-        with os_errors_are_requests("cannot write", folder):
-            remove(temporary)
-            temporary.mkdir(parents=True)
-
-    def finish() -> None:
-        with os_errors_are_requests("cannot write", folder):
-            for name, text in (texts or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            for path in [*temporary.rglob("*"), temporary]:
-                fsync_path(path)
-            remove(folder)
-            temporary.rename(folder)
-            fsync_path(folder.parent)
-
-    on_main(world, begin)
-    failure: str | None = None
-    alone: list[Exception] = []
-    log = logging.getLogger("megatron.core.dist_checkpointing")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # what went wrong is said once, below
-    try:
-        with written_by_threads(), failing_later(alone):
-            dist_checkpointing.save(state, str(temporary))
-        if alone:
-            failure = f"cannot write {folder}: {why_not_written(alone[0], temporary)}"
-    except (Exception, CheckpointException) as error:  # torch's is no Exception; both wrap what the writers met
-        failure = f"cannot write {folder}: {why_not_written(error, temporary)}"
-    finally:
-        log.setLevel(level)
-    try:
-        refuse_together(failure, world)
-    except RequestError:
-        if world.is_main:
-            remove(temporary)
-        raise
-    on_main(world, finish)
-
-
-@contextlib.contextmanager
-def written_by_threads() -> Iterator[None]:
-    """Inside the block Megatron's writer starts threads where it would start processes.
-
-    Its processes let training go on beside them, and here the run waits for them. They would die of the signal that asks the run to stop
-    where its whole process group gets it, and nothing would be saved; and outlive a rank that is killed.
-    """
-    usual = filesystem_async.mp, filesystem_async._results_queue
-    filesystem_async.mp, filesystem_async._results_queue = types.SimpleNamespace(get_context=lambda method: THREADS), queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async.mp, filesystem_async._results_queue = usual
-
-
-@contextlib.contextmanager
-def failing_later(failures: list[Exception]) -> Iterator[None]:
-    """Inside the block what Megatron has rank 0 write alone is put into `failures` where it fails, and raised by nobody.
-
-    The other ranks are in the next collective by then: rank 0 must take part in it, and say afterwards that it failed.
-    """
-
-    def noting(write: Callable[..., None]) -> Callable[..., None]:
-        def attempt(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except Exception as error:
-                failures.append(error)
-
-        return attempt
-
-    places = (
-        (strategies.common.TorchCommonSaveStrategy, "save_common"),
-        (filesystem_async.FileSystemWriterAsync, "finish"),
-        (serialization, "save_config"),
-    )
-    with contextlib.ExitStack() as undo:
-        for owner, name in places:
-            undo.callback(setattr, owner, name, vars(owner)[name])
-            setattr(owner, name, noting(vars(owner)[name]))
-        yield
-
-
-def why_not_written(error: BaseException, folder: Path) -> str:
-    """One line. torch's writer does not say what the system said, so a full disk is looked for."""
-    if shutil.disk_usage(folder.parent).free < 1 << 20:
-        return os.strerror(errno.ENOSPC)
-    return next(reversed(str(error).strip().splitlines()), repr(error))
-
-
-def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read what `save_sharded` wrote, at this layout."""
-    if not (folder / "metadata.json").is_file():
-        raise RequestError(f"{folder} is not a complete checkpoint")
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
-    return loaded
 
 
 def save_model(model: Model, folder: Path, world: World) -> None:
@@ -212,51 +104,191 @@ def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch
     return model
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Checkpoints:
-    """The checkpoints of one training run: `step_N` folders; the newest complete one is where a run continues."""
+    """The checkpoints of one training run: `step_N` folders. Those count that are whole: complete, and as they were written.
+
+    Kept are the newest `keep_last`, those whose step is a multiple of `keep_every`, and the one with the least validation loss. With
+    `in_background`, what `fit` saves on the way is copied and then written beside the steps that follow.
+    """
 
     folder: Path
-    keep: int = 2
+    keep_last: int = 2
+    keep_every: int | None = None
+    in_background: bool = False
+    damaged: dict[int, str] = dataclasses.field(default_factory=dict)  # found so, by reading all of them, and what is wrong
+    intact: set[int] = dataclasses.field(default_factory=set)
+    kept: Host = dataclasses.field(default_factory=dict)  # room for the copies that are written in the background
+    pending: tuple[int, Saving] | None = None  # the save in flight, and its step
+    removing: list[threading.Thread] = dataclasses.field(default_factory=list)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
-        return sorted(int(match.group(1)) for match in found if match and (self.folder / match.group(0) / "metadata.json").is_file())
+        """Steps of the checkpoints that are complete, by their files' lengths, and not known to be damaged; ascending."""
+        return [step for step in self._folders() if step not in self.damaged and whole(self.path(step))]
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """The newest of `steps`."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, trainer: "Trainer") -> None:
-        """Write model, optimizer, schedule and step; then forget all but the newest `keep`."""
-        world = trainer.world
-        save_sharded(_whole_state(trainer, loading=False), self.path(trainer.step), world, notes(trainer.model))
+    def _folders(self) -> list[int]:
+        """Steps of all folders, whatever is in them, ascending."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(match.group(1)) for match in found if match)
 
-        def point() -> None:
+    def validation_loss(self, step: int) -> float | None:
+        """What a checkpoint's validation gave; None where it had none, or one that is no number."""
+        try:
+            loss = read_json(self.path(step) / NOTES)["valid_loss"]
+        except (RequestError, KeyError, TypeError):
+            return None
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Before the first step: make the room for copies, which takes longer than to fill it."""
+        if self.in_background:
+            _whole_state(trainer, self.kept)
+
+    def save(self, trainer: "Trainer", valid_loss: float | None = None, final: bool = True) -> None:
+        """Save model, optimizer, schedule, step and extras; then forget what is not to be kept.
+
+        One that is not `final` may go on in the background (see `poll`), and where it cannot be written, a line says so and the
+        training goes on. Raises RequestError where a final one cannot be written.
+        """
+        self._end(trainer.world)
+        step, world = trainer.step, trainer.world
+        self.intact.discard(step)
+        background = self.in_background and not final
+        texts = notes(trainer.model) | {NOTES: json.dumps({"step": step, "valid_loss": valid_loss}) + "\n"}
+        try:
+            state = _whole_state(trainer, self.kept if background else {})
+            self.pending = step, Saving(state, self.path(step), world, texts)
+            if not background:
+                self._finish(world)
+        except RequestError as error:
+            if final:
+                raise
+            self._say_lost(error, world)
+
+    def poll(self, world: World) -> None:
+        """Between two steps: if a save in flight is written by now, on every rank, complete it."""
+        if self.pending is not None and self.pending[1].is_written():
+            self._end(world)
+
+    def drop(self) -> None:
+        """This rank ends without the others: what is in flight is given up, nothing is left running."""
+        if self.pending is not None:
+            self.pending[1].drop()
+            self.pending = None
+        self._await_removals()
+
+    def _end(self, world: World) -> None:
+        """Wait for the save in flight and complete it; a failure is said, and what was saved before stays."""
+        try:
+            self._finish(world)
+        except RequestError as error:
+            self._say_lost(error, world)
+
+    def _say_lost(self, error: RequestError, world: World) -> None:
+        if world.is_main:
+            before = self.latest()
+            kept = "there is none before it" if before is None else f"the one of step {before} stays"
+            say_once(f"{error}: this checkpoint is not there, {kept}, and the training goes on")
+
+    def _finish(self, world: World) -> None:
+        if self.pending is None:
+            return
+        (step, saving), self.pending = self.pending, None
+        saving.finish()
+        self.damaged.pop(step, None)
+        self.intact.add(step)
+
+        def settle() -> None:
             with os_errors_are_requests("cannot write", self.folder):
-                write_text(self.folder / "latest", f"{trainer.step}\n")
-                for step in self.steps()[: -self.keep]:
-                    remove(self.path(step))
+                write_text(self.folder / "latest", f"{step}\n")
+                there = self.steps()
+                keep = retained({one: self.validation_loss(one) for one in there}, self.keep_last, self.keep_every)
+                # a newer one that is damaged stays until its step is saved again, or one after it
+                gone = [one for one in self._folders() if one not in keep and (one in there or one < step)]
+                self._remove(gone)
 
-        on_main(world, point)
+        on_main(world, settle)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """The folders lose their names now; that their files go takes longer, and nobody waits for it."""
+        self._await_removals()
+        for step in steps:
+            doomed = retire(self.path(step))
+            self.removing.append(threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}))
+            self.removing[-1].start()
+
+    def _await_removals(self) -> None:
+        while self.removing:
+            self.removing.pop().join()
+
+    def choose(self, which: str | int, world: World) -> int | None:
+        """The step of the checkpoint to read: the last, the best (least validation loss), or the one of a step; every file of it is read and
+        found as it was written, by each rank a share. Called by every rank together.
+
+        One that is damaged is said, in one line, and the next takes its place. None if there never was a checkpoint. Raises RequestError
+        where none is left, or none is such.
+        """
+        known, wrong = set(self.damaged), list[str]()
+        for step in on_main(world, lambda: self._candidates(which)):
+            found = None if step in self.intact else self.damaged.get(step) or fault_of(self.path(step), world)
+            if found is None:
+                self.intact.add(step)
+                for one in [one for one in self.damaged if one not in known and world.is_main]:
+                    say_once(f"{self.damaged[one]}: this checkpoint is skipped")
+                return step
+            self.damaged[step] = found
+            wrong.append(found)
+        if wrong:
+            told = f"{wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}"
+            raise RequestError(f"{told}: no checkpoint in {self.folder} is left to go on from; restore one, or use another run.dir")
+        return None
+
+    def _candidates(self, which: str | int) -> list[int]:
+        """Steps in the order in which they are to be tried."""
+        there = self._folders()
+        if which == "last":
+            if not there and (self.folder / "latest").exists():
+                raise RequestError(f"{self.folder} has no checkpoint any more; restore one, or remove this folder to train from the beginning")
+            return there[::-1]
+        steps = self.steps()
+        listed = ", ".join(map(str, steps)) or "none"
+        losses = {step: loss for step in steps if (loss := self.validation_loss(step)) is not None}
+        if which == "best":
+            if not losses:
+                raise refuse("run.checkpoint", which, f"no checkpoint in {self.folder} had a validation; last or a step are allowed, of {listed}")
+            return sorted(losses, key=lambda step: (losses[step], step))
+        if which not in there:
+            raise refuse("run.checkpoint", which, f"there is no such checkpoint in {self.folder}; last, best or a step are allowed, of {listed}")
+        return [int(which)]
 
     def resume(self, trainer: "Trainer") -> bool:
-        """Continue from the newest complete checkpoint, if there is one."""
-        step = on_main(trainer.world, self.latest)
+        """Continue from the newest whole checkpoint; False if there never was one. Raises RequestError where none is left."""
+
+        def sweep() -> None:
+            with os_errors_are_requests("cannot write", self.folder):
+                for path in self.folder.glob(".step_*"):  # what a killed run was about to write or to remove
+                    remove(path)
+
+        on_main(trainer.world, sweep)
+        step = self.choose("last", trainer.world)
         if step is None:
             return False
-        loaded = load_sharded(_whole_state(trainer, loading=True), self.path(step))
+        loaded = load_sharded(_whole_state(trainer, {}, loading=True), self.path(step))
         fill(trainer.model, loaded["model"])
         trainer.model.unit_order = read_order(self.path(step))
         with step_counts_stay(trainer.optimizer):
             trainer.optimizer.load_state_dict(loaded["optimizer"])
         unshare_steps(trainer.optimizer)
         trainer.set_state(loaded["trainer"])
+        set_random_state(loaded["random"], trainer.world)
         return True
 
     def stop(self, trainer: "Trainer") -> None:
@@ -264,9 +296,54 @@ class Checkpoints:
         raise Stopped(f"stopped at step {trainer.step}, saved in {self.path(trainer.step)}: the same command continues")
 
 
-def _whole_state(trainer: "Trainer", loading: bool) -> dict[str, Any]:
+def retained(losses: Mapping[int, float | None], keep_last: int, keep_every: int | None) -> set[int]:
+    """Which checkpoints stay, of {step: validation loss}: the last, the multiples, and the best; of equals the earliest."""
+    best = min((step for step, loss in losses.items() if loss is not None), key=lambda step: (losses[step], step), default=None)
+    multiples = {step for step in losses if keep_every is not None and step % keep_every == 0}
+    return {*sorted(losses)[-keep_last:], *multiples, *([] if best is None else [best])}
+
+
+def _whole_state(trainer: "Trainer", kept: Host, loading: bool = False) -> dict[str, Any]:
+    """All that a checkpoint holds, as copies in host memory, in `kept`; or, `loading`, the places that it is read into."""
     model = model_state(trainer.model, trainer.world)
     give_state(trainer.optimizer)  # where no step has been applied yet, there is none
-    with padding_stays(trainer.optimizer):
+    with states_by_parameter(trainer.optimizer, kept):
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
-    return {"model": model, "optimizer": optimizer, "trainer": trainer.state()}
+    if not loading:
+        for name, entry in model.items():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_main_replica(entry.replica_id):
+                copy = host_copy(kept, ("model", name), entry.data.shape, entry.data.dtype, entry.data.is_cuda)
+                entry.data = copy.copy_(entry.data.detach(), non_blocking=True)
+        torch.cuda.synchronize()
+    random = {} if loading else random_state(trainer.world)
+    return {"model": model, "optimizer": optimizer, "trainer": trainer.state(), "random": random}
+
+
+def _place(world: World) -> str:
+    """A rank's place, by a name that another layout does not have."""
+    return f"{world.rank} of tp={world.tp} cp={world.cp} dp={world.dp} pp={world.pp} vpp={world.vpp} on {world.device.type}"
+
+
+def random_state(world: World) -> dict[str, Any]:
+    """{place: states of torch's generators and Megatron's}, of all ranks. Called by all together.
+
+    Nothing that is trained here draws from them (the models have no dropout, and the order of the data has a seed of its own), but they are
+    a few kilobytes, and what will draw from them goes on where it was, at the same layout.
+    """
+    device = torch.cuda.get_rng_state() if world.device.type == "cuda" else None
+    mine = {"torch": torch.get_rng_state(), "device": device, "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    found: list[Any] = [(_place(world), mine)]
+    if world.size > 1:
+        found = [None] * world.size
+        dist.all_gather_object(found, (_place(world), mine))
+    return dict(found)
+
+
+def set_random_state(states: dict[str, Any], world: World) -> None:
+    """This rank's generators go on from `random_state`; at another layout they stay as they are."""
+    mine = states.get(_place(world))
+    if mine is not None:
+        torch.set_rng_state(mine["torch"])
+        if mine["device"] is not None:
+            torch.cuda.set_rng_state(mine["device"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(mine["megatron"])

@@ -4,36 +4,41 @@ Each function says what goes wrong without it; tests/engine/test_checkpoint.py s
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+STATES = ("param", "exp_avg", "exp_avg_sq")
+Host = dict[tuple[Any, ...], torch.Tensor]  # tensors in host memory, by what they are copies of; kept from save to save
+
+
+def host_copy(kept: Host, key: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """Room in host memory for a copy of a tensor: the same at every call for `key`, as fresh memory costs more than what is copied into it."""
+    if key not in kept:
+        kept[key] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    return kept[key]
+
+
+class Parts(dict[int, torch.Tensor]):
+    """A buffer's elements as one tensor for each parameter, by its start; Megatron takes them out by slices."""
+
+    def __getitem__(self, where: Any) -> torch.Tensor:
+        return super().__getitem__(where.start)
+
 
 @contextlib.contextmanager
-def padding_stays(optimizer: Any) -> Iterator[None]:
-    """Megatron gathers a buffer's state without the padding between its buckets, and then reads it at offsets that count the padding.
+def states_by_parameter(optimizer: Any, kept: Host) -> Iterator[None]:
+    """Inside the block Megatron gathers a buffer's state into one host tensor for each parameter, in `kept`, on the first data-parallel rank.
 
-    A tied embedding over pipeline stages has a bucket of its own, so everything behind it would be saved shifted. Here the
-    padding is put back in between.
+    By itself it passes all of it through several fresh tensors as large as the buffer, on every data-parallel rank. It also drops the padding
+    between buckets, and then reads the state at offsets that count the padding: a tied embedding over pipeline stages has a bucket
+    of its own, so everything behind it would be saved shifted.
     """
     parts = [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
-
-    def padded(part: Any) -> Callable[..., Any]:
-        gather = part.get_parameter_state_dp_zero
-
-        def gathered(*args: Any, **kwargs: Any) -> Any:
-            state = gather(*args, **kwargs)
-            for number, buffer in enumerate(part.buffers if state is not None else []):
-                for tensors in state[number].values():
-                    for key in ("param", "exp_avg", "exp_avg_sq"):
-                        tensors[key] = spread(tensors[key], buffer)
-            return state
-
-        return gathered
-
-    for part in parts:
-        part.get_parameter_state_dp_zero = padded(part)
+    for number, part in enumerate(parts):
+        part.get_parameter_state_dp_zero = functools.partial(gathered, part, kept, number)
     try:
         yield
     finally:
@@ -41,13 +46,46 @@ def padding_stays(optimizer: Any) -> Iterator[None]:
             del part.get_parameter_state_dp_zero
 
 
-def spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """The elements of each of a buffer's buckets, which lie one after the other in `packed`, at their places in the buffer."""
-    whole, start = packed.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return whole
+def gathered(part: Any, kept: Host, number: int, empty_data: bool = False, **kwargs: Any) -> dict[Any, Any] | None:
+    """In the place of Megatron's get_parameter_state_dp_zero. With `empty_data` just room for the state, on every rank."""
+    group = part.data_parallel_group
+    holds = empty_data or group.rank() == 0
+    found: dict[Any, Any] = {}
+    for index, (buffer, maps) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        ((dtype, buckets),) = maps.items()
+        pinned = buffer.grad_data.is_cuda
+        places = {parameter: (start, end) for parameter, (start, end, _) in buffer.param_index_map.items()}
+        states = {key: Parts() for key in STATES}
+        for key in STATES if holds else ():
+            for start, end in places.values():
+                states[key].update({start: host_copy(kept, (number, index, key, start), torch.Size([end - start]), torch.float32, pinned)})
+        for bucket, ranges in zip(buffer.buckets, buckets, strict=True) if not empty_data else ():
+            for key in STATES:
+                collect(part, bucket, ranges["param_map"], key, places, states[key])
+        found[index] = {dtype: states}
+    return found if holds else None
+
+
+def collect(part: Any, bucket: Any, ranges: dict[Any, Any], key: str, places: dict[Any, tuple[int, int]], into: Parts) -> None:
+    """One bucket's state of one kind, of which each data-parallel rank holds a run of elements, into the first rank's host tensors."""
+    group, mine = part.data_parallel_group, {parameter: part._get_main_param_and_optimizer_states(parameter)[key].detach() for parameter in ranges}
+    if group.size() == 1:
+        for parameter, state in mine.items():
+            into[slice(*places[parameter])].copy_(state.flatten(), non_blocking=True)
+        return
+    size = bucket.grad_data.numel()
+    shard = torch.zeros(size // group.size(), dtype=torch.float32, device=bucket.grad_data.device)
+    for parameter, state in mine.items():
+        local = ranges[parameter]["gbuf_local"]
+        shard[local.start : local.end] = state.flatten()
+    first = group.rank() == 0
+    everything = torch.empty(size, dtype=torch.float32, device=shard.device) if first else None
+    shards = list(everything.split(len(shard))) if everything is not None else None
+    torch.distributed.gather(shard, shards, dst=torch.distributed.get_global_rank(group, 0), group=group)
+    if everything is not None:
+        for start, end in places.values():
+            if bucket.offset <= start < bucket.offset + size:
+                into[slice(start, end)].copy_(everything[start - bucket.offset : end - bucket.offset], non_blocking=True)
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:

@@ -271,6 +271,14 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
 
     Raises RequestError after `train.max_bad_steps` steps in a row that the guard left out, Stopped (from `checkpoints`) on a signal.
     """
+    checkpoints.begin(trainer)
+    try:
+        _steps(trainer, task, checkpoints, stop_requested)
+    finally:
+        checkpoints.drop()
+
+
+def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     settings, world, guard = trainer.settings, trainer.world, trainer.guard
     tokens = settings.global_batch_size * settings.seq_length
     meter = Meter(tokens, world.size, task.flops_per_token, task.peak_tflops)
@@ -284,16 +292,18 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, **figures}
         if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
             del metrics["counted_tokens"]
-        if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
+        last = trainer.step == settings.steps
+        due = trainer.step % settings.save_interval == 0 and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps
+        if due or last or trainer.step % settings.eval_interval == 0:  # of checkpoints the best is kept
             trainer.settle()
             metrics |= task.validate()
         report(task, metrics, world)
         if said := guard.verdict(trainer.step, task.source(trainer.step - 1)):
             raise RequestError(said)
         stopping = stop_requested()
-        due = trainer.step % settings.save_interval == 0 and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps
-        if due or trainer.step == settings.steps or stopping:
+        checkpoints.poll(world)
+        if due or last or stopping:
             trainer.settle()
-            checkpoints.save(trainer)
-        if stopping and trainer.step < settings.steps:
+            checkpoints.save(trainer, metrics.get("valid_loss"), final=last or stopping)
+        if stopping and not last:
             checkpoints.stop(trainer)

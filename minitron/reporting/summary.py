@@ -34,7 +34,7 @@ def kept_checkpoints(folder: Path) -> list[Kept]:
     for path in folder.glob("step_*"):
         match = re.fullmatch(r"step_(\d+)", path.name)
         try:
-            if match and (path / "metadata.json").is_file():
+            if match and (path / "manifest.json").is_file():
                 found.append(Kept(int(match.group(1)), sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
         except FileNotFoundError:
             continue

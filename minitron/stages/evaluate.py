@@ -31,7 +31,7 @@ def work(opened: Session) -> dict[str, Any]:
     models = {names[0]: lambda: opened.teacher}
     if engine.on_main(opened.world, opened.pruned.is_dir):
         models["pruned"] = opened.load_pruned
-    if engine.on_main(opened.world, opened.checkpoints.latest) is not None:
+    if opened.chosen() is not None:
         models[names[-1]] = opened.load_student
     absent = [f"{name} (minitron {MAKERS[name]} makes it)" for name in names if name not in models]
     if absent and opened.world.is_main:

@@ -1,8 +1,8 @@
 """`minitron export`: the student as a Hugging Face folder that transformers and vLLM load as it is."""
 
-from minitron import engine
 from minitron.config.schema import Config
 from minitron.reporting.console import say
+from minitron.reporting.wording import counted
 from minitron.session import Session, session
 from minitron.weights.save import export
 
@@ -14,11 +14,12 @@ def run(cfg: Config) -> None:
 
 
 def work(opened: Session) -> None:
-    """Writes run.dir/hf: the model of the newest checkpoint, or the pruned model where nothing was trained yet."""
+    """Writes run.dir/hf: the model of the checkpoint that run.checkpoint asks for, or the pruned model where nothing was trained yet."""
     opened.mark("export", done=False)
-    trained = engine.on_main(opened.world, opened.checkpoints.latest) is not None
-    model = opened.load_student() if trained else opened.load_pruned()
+    step = opened.chosen()
+    model = opened.load_pruned() if step is None else opened.load_student()
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)
     if opened.world.is_main:
-        say(f"{opened.folder / 'hf'}: the {'trained model' if trained else 'pruned model, not retrained'}")
+        what = "pruned model, not retrained" if step is None else f"trained model after {counted(step, 'step')}"
+        say(f"{opened.folder / 'hf'}: the {what}")

@@ -53,5 +53,5 @@ class Run:
     def fit(self, folder, stop_after=None, **changes):
         """Train into `folder`, asking to stop after a step; returns this, for its lines."""
         task = dataclasses.replace(self.task, **changes)
-        fit(self.trainer, task, Checkpoints(folder), lambda: self.trainer.step == stop_after)
+        fit(self.trainer, task, Checkpoints(folder, in_background=True), lambda: self.trainer.step == stop_after)
         return self

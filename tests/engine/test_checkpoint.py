@@ -5,7 +5,9 @@ import resource
 import pytest
 import torch
 
-from minitron.engine.checkpoint import Checkpoints, load_sharded
+from minitron.engine.checkpoint import Checkpoints
+from minitron.engine.sharded import load_sharded
+from minitron.engine.verified import mark
 from minitron.errors import RequestError, Stopped
 from tests.engine.runs import Run
 from tests.multirank.ranks import Layout, on_ranks
@@ -59,8 +61,8 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(layout, dtype, folder, tmp_pa
     assert len({line["loss"] for line in whole}) == 6
     drop = {"valid_loss"}  # counts validations, which start anew with the process
     assert [{key: line[key] for key in line.keys() - drop} for line in broken] == [{key: line[key] for key in line.keys() - drop} for line in whole]
-    assert [line["step"] for line in broken if "valid_loss" in line] == [4, 6]
-    assert steps == [5, 6]
+    assert [line["step"] for line in broken if "valid_loss" in line] == [2, 4, 6]
+    assert steps == [2, 5, 6]  # the newest two and the best
 
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=3), Layout(cp=2), Layout(pp=2, vpp=2)]
@@ -122,8 +124,8 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert (checkpoints.steps(), checkpoints.latest()) == ([], None)
     for name in ("step_00000004", "step_00000012", ".step_00000030.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metadata.json").write_text("{}")
-    (tmp_path / "step_00000020").mkdir()  # no metadata.json: not finished
+        mark(tmp_path / name, {})
+    (tmp_path / "step_00000020").mkdir()  # no marker: not finished
     (tmp_path / "step_x").mkdir()
     (tmp_path / "latest").write_text("12\n")
     assert (checkpoints.steps(), checkpoints.latest()) == ([4, 12], 12)

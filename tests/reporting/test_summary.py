@@ -27,7 +27,7 @@ def metrics(folder, lines):
 def checkpoint(folder, step, size):
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
-    (path / "metadata.json").write_text("{}")
+    (path / "manifest.json").write_text("{}")
     (path / "shard").write_bytes(bytes(size - 2))
 
 

@@ -30,7 +30,7 @@ GROUPS = {
 }
 FORWARD = "minitron.engine.schedule:forward_only"
 WRITE = "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item"  # one tensor into a checkpoint's file
-FLUSH = "minitron.engine.checkpoint:fsync_path"
+FLUSH = "minitron.engine.sharded:fsync_path"
 
 
 def grouped():
