@@ -22,7 +22,7 @@ from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
 from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
-from minitron.engine.parallel import World, any_rank, refuse_together, sum_over_tokens
+from minitron.engine.parallel import World, any_rank, on_main, refuse_together, sum_over_tokens
 from minitron.engine.schedule import LossParts, Watch, forward_backward
 from minitron.errors import RequestError
 
@@ -62,7 +62,8 @@ class Task:
     """What a run of training is made of, besides the model.
 
     `microbatches(step)`: this rank's. `loss(step, microbatches)` is called once per step, before the model's own pass, so a
-    teacher's pass belongs there. `validate()`: figures to log now and then. `report(line)`: a step's metrics, on rank 0.
+    teacher's pass belongs there; it may raise RequestError, on every rank or on none. `validate()`: figures to log now and
+    then. `report(line)`: a step's metrics, on rank 0.
     """
 
     microbatches: Callable[[int], list[Batch]]
@@ -218,6 +219,17 @@ def report(task: Task, metrics: dict[str, Any], world: World) -> None:
         refuse_together(failure, world)
 
 
+def ask(trainer: Trainer, task: Task, batches: list[Batch], checkpoints: Checkpoints) -> StepLoss:
+    """The loss of the step to come. Where it is refused, what was trained is saved before the run ends."""
+    try:
+        return task.loss(trainer.step, batches)
+    except RequestError as error:
+        if trainer.step == (on_main(trainer.world, checkpoints.latest) or 0):
+            raise
+        checkpoints.save(trainer)
+        raise RequestError(f"{error}; stopped at step {trainer.step}, saved in {checkpoints.path(trainer.step)}") from error
+
+
 def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     """Train from `trainer.step` to the last step, reporting, validating and saving on the way.
 
@@ -228,7 +240,7 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
     while trainer.step < settings.steps:
         started = time.perf_counter()
         batches = task.microbatches(trainer.step)
-        line = trainer.update(batches, task.loss(trainer.step, batches))
+        line = trainer.update(batches, ask(trainer, task, batches, checkpoints))
         trainer.step += 1
         bad = bad + 1 if line["skipped"] else 0
         if bad == BAD_STEPS_IN_A_ROW:

@@ -15,9 +15,9 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/hf: the student of the newest checkpoint, or the pruned model where nothing was trained yet."""
-    opened.mark("export", done=False)
     trained = engine.on_main(opened.world, opened.checkpoints.latest) is not None
     model = opened.load_student() if trained else opened.load_pruned()
+    opened.mark("export", done=False)
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)
     if opened.world.is_main:
