@@ -247,6 +247,13 @@ class Checkpoints:
 
     def resume(self, trainer: "Trainer") -> bool:
         """Continue from the newest complete checkpoint, if there is one."""
+
+        def sweep() -> None:
+            with os_errors_are_requests("cannot write", self.folder):
+                for path in self.folder.glob(".step_*"):  # what a killed run was about to write or to remove
+                    remove(path)
+
+        on_main(trainer.world, sweep)
         step = on_main(trainer.world, self.latest)
         if step is None:
             return False

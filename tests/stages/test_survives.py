@@ -24,13 +24,37 @@ SETTINGS = [
     "distill.hidden.projection=true", "distill.hidden.layers=[-2]", "distill.hidden.teacher_layers=[-2]", "logging.progress=false", "device=cpu",
     "dtype=fp32",
 ]  # fmt: skip
-LAYOUTS = {"alone": (1, []), "tp2": (2, ["parallel.tp=2"]), "dp2": (2, [])}
+LAYOUTS = {"alone": (1, []), "tp2": (2, ["parallel.tp=2"]), "dp2": (2, []), "tp2-pp2": (4, ["parallel.tp=2", "parallel.pp=2"]), "dp4": (4, [])}
 
 
 @pytest.fixture(scope="module")
 def settings(stories, tmp_path_factory):
     """Settings of a compression of eight steps."""
-    draw, words = random.Random(5), "once there was a little dog in the big red park and he was very happy to play with Lily".split()
+    draw, words = (
+        random.Random(5),
+        [
+            "once",
+            "there",
+            "was",
+            "a",
+            "little",
+            "dog",
+            "in",
+            "the",
+            "big",
+            "red",
+            "park",
+            "and",
+            "he",
+            "was",
+            "very",
+            "happy",
+            "to",
+            "play",
+            "with",
+            "Lily",
+        ],
+    )
     text = tmp_path_factory.mktemp("text") / "text.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=draw.randrange(40, 90)))}) + "\n" for _ in range(96)))
     return [f"model.path={stories}", f"data.train={text}", *SETTINGS]
@@ -113,7 +137,9 @@ def check_same(run: Path, unbroken: Path, layout: str) -> None:
     copies = 2 if layout == "tp2" else 1  # tensor ranks read the same
     numbers = [number for rank in trained(run) for samples in rank.values() for number in samples]
     assert sorted(numbers) == sorted([*range(STEPS * BATCH)] * copies)
-    assert files(run) == files(unbroken)
+    assert files(unbroken) <= files(run)
+    # a checkpoint that was about to be forgotten may stay
+    assert all(name.startswith("checkpoints/step_") for name in files(run) - files(unbroken))
     assert [name for name in files(run) if name.endswith((".partial", ".removed", ".tmp", ".lock"))] == []
 
 
@@ -169,3 +195,20 @@ def test_twenty_moments(settings, unbroken, tmp_path):
 
     with ThreadPoolExecutor(2) as lanes:
         assert [*lanes.map(lane, MOMENTS)] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_a_run_that_is_killed_goes_on_at_another_layout(settings, unbroken, tmp_path):
+    """From two tensor ranks by two stages to four replicas: each step reads the samples that it would have read."""
+    run, steps = tmp_path / "run", STEPS // SAVES * 2 + 1
+    assert start(run, settings, "tp2-pp2", Moment("distill:update", 2 * steps, "all", 3)) != 0
+    wait_for_the_end(run)
+    assert fired(run) == ["distill:update"]
+    assert start(run, settings, "dp4") == 0, Path(f"{run}.log").read_text()
+    for line, expected in zip(figures(run), figures(unbroken("alone")), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    for step in range(STEPS):
+        batch = [*range(step * BATCH, (step + 1) * BATCH)]
+        found = [rank[step] for rank in trained(run)]
+        assert found == [batch] * 4 if step < steps - 1 else sorted(sum(found, [])) == batch
