@@ -14,16 +14,17 @@ from tests.oracles.models import UNTIED, save_model
 
 # four microbatches: one for each of four replicas; steps so small that rounding does not grow
 FOUR_A_STEP = dataclasses.replace(SETTINGS, micro_batch_size=1, save_interval=10, lr=3e-4, min_lr=1e-5)
-TOLERANCE = 5e-6
+TOLERANCE, OF_NORMS = 1e-6, 5e-6  # relative
 FIGURES = ("loss", "kd_loss", "hidden_loss", "alpha", "grad_norm", "projection_grad_norm", "lr")
 PAIRS = [  # saved at, gone on at
     (Layout(tp=2, pp=2), Layout(dp=4)),
-    (Layout(dp=4), Layout(tp=2, pp=2)),
-    (Layout(tp=4), Layout(pp=4)),
-    (Layout(pp=4), Layout(tp=4)),
-    (Layout(pp=2, vpp=2), Layout(cp=2)),
-    (Layout(cp=2), Layout(tp=2, sp=True)),
     (Layout(tp=2, sp=True), Layout(pp=2, vpp=2)),
+    (Layout(pp=4), Layout(cp=2)),
+    pytest.param(Layout(dp=4), Layout(tp=2, pp=2), marks=pytest.mark.slow),
+    pytest.param(Layout(tp=4), Layout(pp=4), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=4), Layout(tp=4), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=2, vpp=2), Layout(cp=2), marks=pytest.mark.slow),
+    pytest.param(Layout(cp=2), Layout(tp=2, sp=True), marks=pytest.mark.slow),
 ]
 
 
@@ -67,4 +68,5 @@ def unbroken(folder, tmp_path_factory):
 def test_losses_go_on_at_another_layout(before, after, folder, halves, unbroken, tmp_path):
     out = shutil.copytree(halves(before), tmp_path / "run")
     for line, expected in zip(on_ranks(part_of, after, folder, out, 6)[0], unbroken[3:], strict=True):
-        assert line == pytest.approx(expected, rel=TOLERANCE)
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=OF_NORMS if "norm" in name else TOLERANCE), name
