@@ -27,7 +27,7 @@ def work(opened: Session) -> None:
     opened.training_samples  # noqa: B018 -- before the models: a text that can't be used is refused first
     cached = None if cfg.teacher.cache.folder is None else cached_teacher(opened)
     student = opened.load_pruned()
-    opened.check_descent(cached and cached.cache.description.predictions())
+    opened.check_descent(cached.cache.description.predictions() if cached else None)
     hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
     teacher = cached or teacher_of(opened, hidden.teacher_states if hidden else None)
     loss = distillation_loss(student, teacher, cfg.distill, world, hidden)
