@@ -52,6 +52,7 @@ def unbroken(folder, tmp_path_factory):
 def go_on(root, folder, layout, moment, unbroken):
     """Killed at a moment, then gone on with; from which step."""
     answers, left = unbroken(layout)
+    root.parent.mkdir(exist_ok=True)
     with pytest.raises((RuntimeError, LostRank)) as ended:
         on_ranks(train, layout, folder, root, moment)
     assert isinstance(ended.value, LostRank) or any(sign in str(ended.value) for sign in ("exit code -9", *LOST)), ended.value
