@@ -237,21 +237,24 @@ class Checkpoints:
         world = trainer.world
         save_sharded(_whole_state(trainer, loading=False), self.path(trainer.step), world, notes(trainer.model))
 
-        def point() -> None:
-            with os_errors_are_requests("cannot write", self.folder):
-                write_text(self.folder / "latest", f"{trainer.step}\n")
-                for step in self.steps()[: -self.keep]:
-                    remove(self.path(step))
+        on_main(world, self._point)
 
-        on_main(world, point)
+    def _point(self) -> None:
+        """Name the newest in a file, forget all but the newest `keep`."""
+        with os_errors_are_requests("cannot write", self.folder):
+            write_text(self.folder / "latest", f"{self.latest()}\n")
+            for step in self.steps()[: -self.keep]:
+                remove(self.path(step))
 
     def resume(self, trainer: "Trainer") -> bool:
         """Continue from the newest complete checkpoint, if there is one."""
 
         def sweep() -> None:
             with os_errors_are_requests("cannot write", self.folder):
-                for path in self.folder.glob(".step_*"):  # what a killed run was about to write or to remove
+                for path in self.folder.glob(".*"):  # what a killed run was about to write or to remove
                     remove(path)
+            if self.latest() is not None:
+                self._point()
 
         on_main(trainer.world, sweep)
         step = on_main(trainer.world, self.latest)
