@@ -52,7 +52,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 if path.is_file():
                     path.chmod(mode)  # safetensors lets nobody but the owner read what it writes
                 fsync_path(path)
-            if target.is_dir():
+            if target.is_dir() or temporary.is_dir():
                 remove(target)
             os.replace(temporary, target)
             fsync_path(target.parent)
@@ -70,15 +70,20 @@ def usual_mode() -> int:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder if it is there. A folder loses its name first: half of one is never found under it."""
+    shutil.rmtree(_doomed(path), ignore_errors=True)  # where an earlier removal was killed
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(retire(path))
     else:
         path.unlink(missing_ok=True)
 
 
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.removed")
+
+
 def retire(folder: Path) -> Path:
     """Give a folder that is to be removed another name, beside it, and return that."""
-    doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    doomed = _doomed(folder)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     return doomed

@@ -32,6 +32,8 @@ FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_s
               "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
               "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
               "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather")  # fmt: skip
+# settings of what a verb makes itself, which a stage of the run reads under the same name: a cache may be made for another run, or mended
+MADE_HERE = {"cache": ("teacher.cache.folder", "teacher.cache.top_k")}
 # settings of the data that training alone reads: they bind nothing that was made before it
 TRAINING_ALONE = ("data.packing", "data.separate_documents")
 # those that may change in the middle of a training, what a training that diverged needs: they hold from the newest checkpoint on
@@ -44,7 +46,19 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
-    return {name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out}
+    return in_use({name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out})
+
+
+def in_use(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that nothing reads: where the teacher itself is asked, it does not matter what would be read of a cache."""
+    unread = ("teacher.cache.top_k",) if settings.get("teacher.cache.folder") is None else ()
+    return {name: value for name, value in settings.items() if name not in unread}
+
+
+def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
+    """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
+    recorded: dict[str, Any] = entry.get("settings", {})
+    return in_use({**settings_of(Config(), verb, free=True), **recorded}) if recorded else {}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -69,7 +83,7 @@ def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     step = trained(folder)
     for stage in ("data", "calibrate", "prune", "distill", "train"):
         entry = record.get(stage, {"done": False, "settings": {}})
-        settings = entry["settings"]
+        settings = made_with(entry, stage)
         if VERBS[stage].trains and 0 < step < settings.get("train.steps", 0):
             yield stage, {name: value for name, value in settings.items() if name not in ADJUSTABLE}
         elif (entry["done"] and is_there(folder, stage)) or (step and stage != "data"):
@@ -90,13 +104,14 @@ def own(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other commands out of the run's folder for the length of the block. The system ends the lock with the process, whatever ends that.
+def locked(folder: Path, setting: str = "run.dir") -> Iterator[None]:
+    """Keep other commands out of a folder, which is made, for the length of the block. The system ends the lock with the process, whatever ends that.
 
-    Raises RequestError where another command is at work.
+    Raises RequestError, which names the `setting` that the folder comes from, where another command is at work.
     """
-    with os_errors_are_requests("cannot use run.dir", folder):
-        handle = _lock(folder)
+    with os_errors_are_requests(f"cannot use {setting}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _lock(folder, setting)
     os.register_at_fork(after_in_child=handle.close)  # a child that outlives this process must not keep the lock
     with handle:
         try:
@@ -106,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock(folder: Path, setting: str) -> TextIO:
     """The lock file, open and locked, and saying who has it."""
     handle = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- the caller closes it
     try:
@@ -115,16 +130,16 @@ def _lock(folder: Path) -> TextIO:
         with handle:
             handle.seek(0)
             who = handle.read() or "another process"
-        raise refuse("run.dir", folder, f"{who} is at work in it; wait for it, or use another run.dir") from error
+        raise refuse(setting, folder, f"{who} is at work in it; wait for it, or use another {setting}") from error
     except OSError as error:
-        say_once(f"run.dir={folder}: its file system has no locks ({error.strerror}): see to it that one command at a time works in it")
+        say_once(f"{setting}={folder}: its file system has no locks ({error.strerror}): see to it that one command at a time works in it")
     try:
         removed = not os.path.samestat(os.fstat(handle.fileno()), os.stat(folder / LOCK))
     except FileNotFoundError:
         removed = True
     if removed:  # by whoever had it, when it was open here already
         handle.close()
-        return _lock(folder)
+        return _lock(folder, setting)
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {socket.gethostname()}")
     handle.flush()
@@ -153,9 +168,10 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
         write_json(folder / RECORD, {})
     mine, record = settings_of(cfg, verb, free=False), read_json(folder / RECORD)
     check_kind(folder, record, verb)
+    made_here = MADE_HERE.get(verb, ())
     for stage, theirs in bound(folder, record):
         for name in sorted(set(mine) & set(theirs)):
-            if mine[name] != theirs[name]:
+            if name not in made_here and mine[name] != theirs[name]:
                 has = f"run.dir={folder} belongs to a run whose {stage} has {shown(theirs[name])}"
                 raise refuse(name, mine[name], f"{has}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)

@@ -23,7 +23,7 @@ from minitron.distillation.cache import Description
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
 from minitron.pruning.target import target_arch
-from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, own, settings_of
+from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, settings_of
 from minitron.reporting.console import counter
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
@@ -213,7 +213,7 @@ class Session:
 
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
-            same = entry.get("settings") == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
+            same = made_with(entry, verb) == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
             return bool(entry.get("done")) and same and is_there(self.folder, verb)
 
         return engine.on_main(self.world, look)
@@ -234,7 +234,10 @@ class Session:
         return found
 
     def mark(self, verb: str, done: bool) -> None:
-        """Note that a stage began, or that it is finished, on rank 0. What was made from an earlier result of it is out of date."""
+        """Note that a stage begins to write, or that it is finished, on rank 0. What was made from an earlier result of it is out of date.
+
+        A stage says that it begins when there is nothing left to refuse it for: a command that is refused undoes nothing.
+        """
 
         def note() -> None:
             record = read_json(self.folder / RECORD)
@@ -248,19 +251,24 @@ class Session:
 
         engine.on_main(self.world, note)
 
-    def check_descent(self) -> None:
-        """Refuse checkpoints that were trained from another model, or by another teacher, than the one that is here now."""
+    def check_descent(self, cached: str | None = None) -> None:
+        """Refuse checkpoints that were trained from another model, or by another teacher, than the one that is here now.
+
+        `cached`: what identifies the predictions that are read in the teacher's place, if they are.
+        """
         whole, fingerprint = self.verb == "train", self.source.fingerprint()
         file = self.checkpoints.folder / ("trained_from" if whole else "pruned_from")
         if self.cfg.teacher.path is not None and self.cfg.distill.loss != "none":
             fingerprint += "-" + self.teacher_source.fingerprint()
+        if cached is not None:
+            fingerprint += "-" + cached
 
         def look() -> None:
             mine = fingerprint if whole else sha256(self.folder / "keep.safetensors")[:16] + "-" + fingerprint
             if self.checkpoints.latest() is None:
                 write_text(file, mine + "\n")
             elif not file.exists() or file.read_text().strip() != mine:
-                other = "another model than model.path has now" if whole else "another pruned model, or by another teacher"
+                other = "another model than model.path has now" if whole else "another pruned model, or by another teacher or cache"
                 raise refuse("run.dir", self.folder, f"its checkpoints were trained from {other}; remove checkpoints/ or use another run.dir")
 
         engine.on_main(self.world, look)

@@ -36,3 +36,11 @@ def test_what_is_written_follows_the_umask_whoever_writes_it(mask, file, folder,
     assert [mode(tmp_path / name) for name in files] == [file] * 4
     assert [mode(tmp_path / name) for name in ("hf", "hf/more")] == [folder] * 2
     assert os.umask(mask) == mask  # as it was
+
+
+def test_what_a_killed_removal_left_goes_with_the_next(tmp_path):
+    for _ in range(2):
+        (tmp_path / ".hf.removed").mkdir()
+        with atomic_path(tmp_path / "hf") as temporary:
+            temporary.mkdir()
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]

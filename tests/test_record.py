@@ -93,6 +93,46 @@ def test_what_binds_is_named_as_it_is_written(run):
         claim(folder, config(target={"num_layers": None, "ffn_hidden_size": [8, 4], "merge_heads": True}), "compress")
 
 
+def test_a_setting_that_is_newer_than_the_run_has_its_default_there(run):
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
+    record = json.loads((folder / RECORD).read_text())
+    for name in ("distill.cross_entropy", "train.clip_grad"):  # an older version's record; the second may change in the middle
+        del record["distill"]["settings"][name]
+    write_json(folder / RECORD, record)
+    claim(folder, config(train={"clip_grad": 0.5}), "distill")
+    with pytest.raises(RequestError, match=r"^distill.cross_entropy=0.5: run.dir=.* belongs to a run whose distill has 0.0; use that"):
+        claim(folder, config(distill={"cross_entropy": 0.5}), "distill")
+
+
+def test_a_stage_without_an_entry_binds_nothing(run):
+    folder = run(begun=["distill"], steps=[4])  # pruned elsewhere, and copied
+    claim(folder, config(calibrate={"samples": 7}), "calibrate")
+
+
+def cache(**changes):
+    return {"teacher": {"cache": changes}}
+
+
+def test_what_would_be_read_of_a_cache_binds_only_where_one_is_read(run):
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
+    for verb in ("distill", "compress", "cache"):
+        claim(folder, config(**cache(top_k=32)), verb)
+    with pytest.raises(RequestError, match=r"^teacher.cache.folder=c: run.dir=.* belongs to a run whose distill has null; use that"):
+        claim(folder, config(**cache(folder="c", top_k=32)), "distill")
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4], cfg=config(**cache(folder="c")))
+    with pytest.raises(RequestError, match=r"^teacher.cache.top_k=32: run.dir=.* belongs to a run whose distill has 64; use that"):
+        claim(folder, config(**cache(folder="c", top_k=32)), "distill")
+
+
+def test_a_cache_is_made_whatever_the_run_reads_in_the_teacher_s_place(run):
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
+    claim(folder, config(**cache(folder="other", top_k=7)), "cache")
+    folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4], cfg=config(**cache(folder="c")))
+    claim(folder, config(**cache(top_k=7)), "cache")
+    with pytest.raises(RequestError, match=r"^teacher.path=other"):
+        claim(folder, config(teacher={"path": "other"}), "cache")
+
+
 def test_a_training_says_what_changed(run, capsys):
     folder = run(begun=["distill"], steps=[2, 4])
     claim(folder, config(train={"lr": 1e-3, "warmup_steps": 2}), "distill")
@@ -114,6 +154,22 @@ def test_one_command_at_a_time(tmp_path):
                 pass
             assert (tmp_path / LOCK).read_text().startswith(who)  # nor did the other one take it away
         assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_is_named_by_its_setting(tmp_path):
+    folder = tmp_path / "new" / "cache"
+    with (
+        locked(folder, "teacher.cache.folder"),
+        pytest.raises(RequestError, match=f"^teacher.cache.folder={folder}: process .* wait for it, or use another teacher.cache.folder$"),
+        locked(folder, "teacher.cache.folder"),
+    ):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RequestError, match=f"^cannot use teacher.cache.folder {tmp_path}/file/cache: "),
+        locked(tmp_path / "file" / "cache", "teacher.cache.folder"),
+    ):
+        pass
 
 
 def test_a_lock_ends_with_its_command(tmp_path):

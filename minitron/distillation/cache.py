@@ -64,6 +64,10 @@ class Description:
         """Short hash, which every file carries."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    def predictions(self) -> str:
+        """Short hash of what decides a sample's predictions, however many samples there are and however they lie in files."""
+        return dataclasses.replace(self, samples=0, samples_per_file=0).key()
+
     def firsts(self) -> range:
         """The first sample of every file."""
         return range(0, self.samples, self.samples_per_file)

@@ -206,16 +206,16 @@ class Checkpoints:
         self.damaged.pop(step, None)
         self.intact.add(step)
 
-        def settle() -> None:
-            with os_errors_are_requests("cannot write", self.folder):
-                write_text(self.folder / "latest", f"{step}\n")
-                there = self.steps()
-                keep = retained({one: self.validation_loss(one) for one in there}, self.keep_last, self.keep_every)
-                # a newer one that is damaged stays until its step is saved again, or one after it
-                gone = [one for one in self._folders() if one not in keep and (one in there or one < step)]
-                self._remove(gone)
+        on_main(world, lambda: self._settle(step))
 
-        on_main(world, settle)
+    def _settle(self, newest: int) -> None:
+        """Name the newest in a file, forget those that are not to be kept."""
+        with os_errors_are_requests("cannot write", self.folder):
+            write_text(self.folder / "latest", f"{newest}\n")
+            there = self.steps()
+            keep = retained({one: self.validation_loss(one) for one in there}, self.keep_last, self.keep_every)
+            # a newer one that is damaged stays until its step is saved again, or one after it
+            self._remove([one for one in self._folders() if one not in keep and (one in there or one < newest)])
 
     def _remove(self, steps: Iterable[int]) -> None:
         """The folders lose their names now; that their files go takes longer, and nobody waits for it."""
@@ -274,13 +274,14 @@ class Checkpoints:
 
         def sweep() -> None:
             with os_errors_are_requests("cannot write", self.folder):
-                for path in self.folder.glob(".step_*"):  # what a killed run was about to write or to remove
+                for path in self.folder.glob(".*"):  # what a killed run was about to write or to remove
                     remove(path)
 
         on_main(trainer.world, sweep)
         step = self.choose("last", trainer.world)
         if step is None:
             return False
+        on_main(trainer.world, lambda: self._settle(step))  # a run that was killed after its last save may not have come to that
         loaded = load_sharded(_whole_state(trainer, {}, loading=True), self.path(step))
         fill(trainer.model, loaded["model"])
         trainer.model.unit_order = read_order(self.path(step))

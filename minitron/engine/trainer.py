@@ -25,7 +25,7 @@ from minitron.engine.guard import Guard
 from minitron.engine.meter import Meter, peak_memory
 from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
-from minitron.engine.parallel import World, any_rank, refuse_together, sum_over_tokens
+from minitron.engine.parallel import World, any_rank, on_main, refuse_together, sum_over_tokens
 from minitron.engine.schedule import LossParts, Watch, forward_backward
 from minitron.errors import RequestError
 
@@ -64,7 +64,8 @@ class Task:
     """What a run of training is made of, besides the model.
 
     `microbatches(step)`: this rank's. `loss(step, microbatches)` is called once per step, before the model's own pass, so a
-    teacher's pass belongs there. `validate()`: figures to log now and then. `report(line)`: a step's metrics, on rank 0.
+    teacher's pass belongs there; it may raise RequestError, on every rank or on none. `validate()`: figures to log now and
+    then. `report(line)`: a step's metrics, on rank 0.
     `source(step)`: in words, what the samples of a step are taken from. `flops_per_token` of all models' passes, and a device's `peak_tflops`: for
     the figures of speed (None: not known).
     """
@@ -266,6 +267,18 @@ def report(task: Task, metrics: dict[str, Any], world: World) -> None:
         refuse_together(failure, world)
 
 
+def ask(trainer: Trainer, task: Task, batches: list[Batch], checkpoints: Checkpoints) -> StepLoss:
+    """The loss of the step to come. Where it is refused, what was trained is saved before the run ends."""
+    try:
+        return task.loss(trainer.step, batches)
+    except RequestError as error:
+        if trainer.step == (on_main(trainer.world, checkpoints.latest) or 0):
+            raise
+        trainer.settle()
+        checkpoints.save(trainer)
+        raise RequestError(f"{error}; stopped at step {trainer.step}, saved in {checkpoints.path(trainer.step)}") from error
+
+
 def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
     """Train from `trainer.step` to the last step, reporting, validating and saving on the way.
 
@@ -286,7 +299,7 @@ def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requeste
         started = time.perf_counter()
         batches = task.microbatches(trainer.step)
         data_seconds = time.perf_counter() - started
-        line = trainer.update(batches, task.loss(trainer.step, batches))
+        line = trainer.update(batches, ask(trainer, task, batches, checkpoints))
         trainer.step += 1
         figures = meter.figures(time.perf_counter() - started, data_seconds, peak_memory(world.device))
         metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, **figures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from minitron.distillation.fused import Scratch
 from minitron.distillation.signal import Head, TopSignal
 from minitron.distillation.topk import top_signal
 from minitron.errors import RequestError
+from minitron.record import locked
 from minitron.reporting.console import progress, say
 from minitron.reporting.wording import counted, decimal, size
 from minitron.session import Session, session
@@ -26,9 +28,15 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes teacher.cache.folder, by default run.dir/cache; files that are there are not made again."""
-    cfg, world = opened.cfg, opened.world
     opened.data  # noqa: B018 -- before the model: a text that is too short is refused first
-    folder, description = opened.cache_folder, opened.cache_description()
+    with contextlib.ExitStack() as held:  # the folder may be another run's, too
+        engine.main_only(opened.world, lambda: held.enter_context(locked(opened.cache_folder, "teacher.cache.folder")))
+        fill(opened.cache_folder, opened.cache_description(), opened)
+
+
+def fill(folder: Path, description: cache.Description, opened: Session) -> None:
+    """Make what the folder lacks."""
+    cfg, world = opened.cfg, opened.world
     todo = engine.on_main(world, lambda: cache.missing(folder, description))
     files = len(description.firsts())
     if world.is_main and len(todo) < files:

@@ -30,7 +30,6 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/importance.safetensors: scores of every unit of every axis, free of layout."""
-    opened.mark("calibrate", done=False)
     cfg, world = opened.cfg, opened.world
     data_hash = "none"
     if cfg.calibrate.criterion == "random":
@@ -49,6 +48,7 @@ def work(opened: Session) -> None:
         tensors = measure(opened.load_source(), samples, opened)
     settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
     scores = Scores(tensors, provenance(opened.source.fingerprint(), data_hash, settings, minitron.__version__))
+    opened.mark("calibrate", done=False)
     engine.on_main(world, lambda: scores.save(opened.folder / FILE))
     opened.mark("calibrate", done=True)
     if world.is_main:

@@ -14,8 +14,8 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/data; what is there already and up to date stays."""
-    opened.mark("data", done=False)
     manifest = opened.data
+    opened.mark("data", done=False)  # nothing is half made: this puts the stages after it out of date
     opened.mark("data", done=True)
     if opened.world.is_main:
         for name, part in manifest.parts.items():

@@ -23,15 +23,15 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/checkpoints and metrics.jsonl; continues from the newest checkpoint."""
-    opened.mark("distill", done=False)
     cfg, world = opened.cfg, opened.world
     opened.training_samples  # noqa: B018 -- before the models: a text that can't be used is refused first
     given = given_teacher(opened)
     student = opened.load_pruned()
-    opened.check_descent()
+    opened.check_descent(given.cache.description.predictions() if isinstance(given, CachedTeacher) else None)
     hidden = HiddenLoss(student, opened.teacher, cfg.distill.hidden, cfg.train, world, cfg.seed) if cfg.distill.hidden.enabled else None
     teacher = given or teacher_of(opened, hidden.teacher_states if hidden else None)
     loss = distillation_loss(student, teacher, cfg.distill, world, hidden)
+    opened.mark("distill", done=False)
     train(opened, student, loss, {"hidden": hidden} if hidden else {}, opened.teacher_source.arch if given is None else None)
     opened.mark("distill", done=True)
     if world.is_main:

@@ -25,7 +25,6 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> dict[str, Any]:
     """Writes run.dir/eval.json for those of MODELS, or in a folder of `train` of WHOLE, that are there, and returns its content."""
-    opened.mark("evaluate", done=False)
     opened.data  # noqa: B018 -- before the models: a text that is too short is refused first
     names = WHOLE if engine.on_main(opened.world, opened.is_whole) else MODELS
     models = {names[0]: lambda: opened.teacher}
@@ -37,6 +36,7 @@ def work(opened: Session) -> dict[str, Any]:
     if absent and opened.world.is_main:
         say(f"evaluates {' and '.join(models)} alone; not here yet: {', '.join(absent)}")
     results = {name: measure(load(), name, opened, opened.teacher_world if name == names[0] else opened.world) for name, load in models.items()}
+    opened.mark("evaluate", done=False)
     engine.on_main(opened.world, lambda: write_json(opened.folder / FILE, results))
     opened.mark("evaluate", done=True)
     return results

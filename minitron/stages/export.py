@@ -15,9 +15,9 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/hf: the model of the checkpoint that run.checkpoint asks for, or the pruned model where nothing was trained yet."""
-    opened.mark("export", done=False)
     step = opened.chosen()
     model = opened.load_pruned() if step is None else opened.load_student()
+    opened.mark("export", done=False)
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)
     if opened.world.is_main:

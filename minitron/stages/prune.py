@@ -24,7 +24,6 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/keep.safetensors, arch.json and the pruned model's shards."""
-    opened.mark("prune", done=False)
     original = opened.source.arch
     target = target_arch(original, opened.cfg.target, opened.cfg.parallel)
     scores = engine.on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
@@ -34,8 +33,10 @@ def work(opened: Session) -> None:
         keep.save(opened.folder / KEEP)
         write_json(opened.folder / "arch.json", {"original": original.to_dict(), "pruned": target.to_dict()})
 
+    source = opened.load_source()
+    opened.mark("prune", done=False)
     engine.on_main(opened.world, note)
-    pruned = reslice(opened.load_source(), keep, target, opened.world)
+    pruned = reslice(source, keep, target, opened.world)
     engine.save_model(pruned, opened.pruned, opened.world)
     opened.mark("prune", done=True)
     if opened.world.is_main:

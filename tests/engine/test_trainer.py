@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from minitron.engine.checkpoint import Checkpoints
 from minitron.errors import RequestError
 from tests.engine.runs import SETTINGS, Run
 from tests.multirank.ranks import Layout, on_ranks
@@ -96,6 +97,46 @@ def test_a_step_s_counted_tokens_are_told_where_they_are_fewer_than_those_read(f
 def test_a_stop_asked_for_at_the_last_step_is_no_stop(folder, alone, tmp_path):
     run = Run(alone, folder).fit(tmp_path, stop_after=6)
     assert run.trainer.step == 6
+
+
+def without_teacher(world, folder, out, interval):
+    """What is said where the teacher can't be asked after step 3, the checkpoints then, and the losses that follow from them."""
+    run, checkpoints = Run(world, folder, dataclasses.replace(SETTINGS, save_interval=interval)), Checkpoints(out)
+
+    def asked(step, batches):
+        if step == 3:
+            raise RequestError("the cache is gone")
+        return loss(step, batches)
+
+    loss = run.task.loss
+    with pytest.raises(RequestError) as refused:
+        run.fit(out, loss=asked)
+    steps, again = checkpoints.steps(), Run(world, folder)
+    assert checkpoints.resume(again.trainer)
+    return str(refused.value), steps, [line["loss"] for line in [*run.lines, *again.fit(out).lines]]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("interval", "steps", "said"), [(2, [2, 3], "; stopped at step 3, saved in {}/step_00000003"), (3, [3], "")])
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2)], ids=str)
+def test_a_refusal_between_two_steps_loses_none_that_were_done(layout, interval, steps, said, folder, tmp_path, alone):
+    unbroken = on_ranks(fitted, layout, folder, tmp_path / "unbroken")[0]
+    found = on_ranks(without_teacher, layout, folder, tmp_path / "broken", interval)
+    assert [one[:2] for one in found] == [("the cache is gone" + said.format(tmp_path / "broken"), steps)] * layout.size
+    assert found[0][2] == unbroken
+
+
+def fitted(world, folder, out):
+    return [line["loss"] for line in Run(world, folder).fit(out).lines]
+
+
+def test_a_refusal_before_the_first_step_saves_nothing(folder, alone, tmp_path):
+    def refuse(step, batches):
+        raise RequestError("the cache is gone")
+
+    with pytest.raises(RequestError, match=r"^the cache is gone$"):
+        Run(alone, folder).fit(tmp_path, loss=refuse)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_is_done_does_nothing_more(folder, alone, tmp_path):

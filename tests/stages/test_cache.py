@@ -1,10 +1,14 @@
 """`minitron cache`, and a distillation that reads what it left, on a real model."""
 
+import functools
 import json
+import os
 import shutil
 
 import pytest
 
+from minitron.engine.checkpoint import Checkpoints
+from minitron.record import locked
 from tests.stages.commands import minitron, running, wait_until
 
 KEPT = 511  # of 512 tokens: what is read differs from the live teacher by its rounding alone
@@ -82,3 +86,66 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(run, settings, tm
 def test_no_more_than_the_vocabulary(run, settings, tmp_path):
     refused = minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, "teacher.cache.top_k=512")
     assert (refused.code, refused.err) == (2, "minitron: teacher.cache.top_k=512: less than the vocabulary's 512 is needed\n")
+
+
+@pytest.fixture
+def cached(run, settings, tmp_path):
+    """`cached(*CHANGES)`: the folder of a new cache for the run."""
+
+    def make(*changes):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        done = minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, f"teacher.cache.folder={tmp_path / 'cache'}", *changes)
+        assert (done.code, done.err) == (0, "")
+        return tmp_path / "cache"
+
+    return make
+
+
+def lose_after(step, folder):
+    """The cache loses its files when this many steps are done."""
+    from minitron.engine.trainer import Trainer
+
+    update = Trainer.update
+
+    @functools.wraps(update)
+    def updating(trainer, *args):
+        if trainer.step == step - 1:
+            os.rename(folder, folder.with_name("away"))
+        return update(trainer, *args)
+
+    Trainer.update = updating
+
+
+def test_a_cache_that_is_lost_or_replaced_in_mid_training(run, cached, settings, tmp_path):
+    """Lost, the steps that were done are saved; another one in its place is refused; the same, in other files, is gone on with."""
+    few = "teacher.cache.samples_per_file=8"  # a step's
+    folder = cached(few)
+    reading = ["distill", f"run.dir={run}", *settings, f"teacher.cache.folder={folder}"]
+    lost = minitron(tmp_path / "log", *reading, prepare=functools.partial(lose_after, 6, folder))
+    where = f"{run}/checkpoints/step_00000006"
+    assert lost.code == 2
+    assert lost.err.startswith(f"minitron: cannot read {folder}/samples_0000000048.npz: ")
+    assert lost.err.endswith(f"; minitron cache makes it again; stopped at step 6, saved in {where}\n")
+    assert Checkpoints(run / "checkpoints").latest() == 6
+
+    cached("teacher.cache.top_k=100")
+    other = "its checkpoints were trained from another pruned model, or by another teacher or cache; remove checkpoints/ or use another run.dir"
+    refused = minitron(tmp_path / "log", *reading)
+    assert (refused.code, refused.err) == (2, f"minitron: run.dir={run}: {other}\n")
+
+    cached("teacher.cache.samples_per_file=50")
+    done = minitron(tmp_path / "log", *reading)
+    assert (done.code, done.err) == (0, "")
+    unbroken = shutil.copytree(run, tmp_path / "unbroken", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    assert minitron(tmp_path / "log", "distill", f"run.dir={unbroken}", *reading[2:]).code == 0
+    assert losses(run) == losses(unbroken)
+
+
+def test_one_command_at_a_time_makes_a_cache(run, settings, tmp_path):
+    folder = tmp_path / "cache"
+    with locked(folder):
+        refused = minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, f"teacher.cache.folder={folder}")
+    assert refused.code == 2
+    assert refused.err.startswith(f"minitron: teacher.cache.folder={folder}: process {os.getpid()} on ")
+    assert refused.err.endswith(" is at work in it; wait for it, or use another teacher.cache.folder\n")
+    assert [*folder.iterdir()] == []

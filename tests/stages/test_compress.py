@@ -151,10 +151,10 @@ def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def begun(run, verb):
-    """A stage has begun and is not finished."""
+def finished_stage(run, verb):
+    """A stage is done."""
     try:
-        return json.loads((run / "stages.json").read_text())[verb]["done"] is False
+        return json.loads((run / "stages.json").read_text())[verb]["done"]
     except (OSError, KeyError):
         return False
 
@@ -173,7 +173,7 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_end(finished, sett
     run = tmp_path / "run"
     command = ["compress", f"run.dir={run}", *settings]
     with running(tmp_path / "log", *command) as ranks:
-        wait_until(lambda: begun(run, "calibrate"), ranks)
+        wait_until(lambda: finished_stage(run, "data"), ranks)
     assert not (run / "keep.safetensors").exists()
 
     with running(tmp_path / "log", *command) as ranks:

@@ -157,7 +157,7 @@ def test_texts_that_are_too_short_are_refused_before_any_model_is_loaded(refused
     text.write_text("Once upon")
     line = refused(*change.format(text=text).split())
     assert re.fullmatch(said.format(text=re.escape(str(text))), line), line
-    assert [*json.loads((tmp_path / "run" / "stages.json").read_text())] == ["data"]
+    assert json.loads((tmp_path / "run" / "stages.json").read_text()) == {}
 
 
 def test_more_text_than_there_is(refused, tmp_path):
@@ -328,7 +328,7 @@ def test_a_teacher_that_changes_under_a_run(refused, settings, copy, tmp_path):
     done = minitron(tmp_path / "log", "compress", f"run.dir={tmp_path / 'run'}", *changed, *short)
     assert (done.code, done.err) == (0, "")
     change_weights(copy)
-    assert "trained from another pruned model, or by another teacher; remove checkpoints/" in refused(*short)
+    assert "trained from another pruned model, or by another teacher or cache; remove checkpoints/" in refused(*short)
 
 
 def test_weights_that_change_under_a_run(refused, settings, copy, tmp_path):
@@ -363,3 +363,31 @@ def test_a_teacher_with_another_tokenizer(refused, data_root, tmp_path):
     assert line == f"teacher.path={teacher}: its tokenizer differs: token {token!r} is {vocabulary[token]} there and " + (
         f"{vocabulary[max(one, other)]} in the student's"
     )
+
+
+def without_trained(run, *others):
+    """Of a finished run all that binds `calibrate.samples`, or that is exported instead of the pruned model, and more."""
+    shutil.rmtree(run / "checkpoints")
+    for name in others:
+        (run / name).unlink()
+
+
+SPOILED = {  # what becomes of a finished run, what a verb is then refused for, and the line
+    "data": (lambda run: (run / "data" / "manifest.json").unlink(), "data.train={tmp}/text.jsonl", "data.train={tmp}/text.jsonl"),
+    "calibrate": (lambda run: without_trained(run, "importance.safetensors"), "calibrate.samples=1000000", "calibrate.samples=1000000: "),
+    "prune": (lambda run: (run / "importance.safetensors").write_text("{}"), "seed=1234", "cannot read"),
+    "distill": (lambda run: (run / "checkpoints" / "pruned_from").write_text("another"), "seed=1234", "run.dir="),
+    "evaluate": (lambda run: (run / "pruned" / "unit_order.json").write_text("{"), "seed=1234", "cannot read"),
+    "export": (lambda run: without_trained(run, "pruned/unit_order.json"), "seed=1234", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("verb", SPOILED)
+def test_a_command_that_is_refused_puts_nothing_out_of_date(verb, refused, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    spoil, setting, said = SPOILED[verb]
+    (tmp_path / "text.jsonl").write_text("no json\n")
+    spoil(run)
+    record = (run / "stages.json").read_bytes()
+    assert refused(setting.format(tmp=tmp_path), verb=verb).startswith(said.format(tmp=tmp_path))
+    assert (run / "stages.json").read_bytes() == record
