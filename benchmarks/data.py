@@ -1,8 +1,8 @@
 """What preparing text costs: tokens per second against plain `tokenizers` on the same text and cores, and memory against the size of the text.
 
 Both take the books and pages in MINITRON_TEST_DATA, repeated with variations. `plain` calls `encode_batch` on texts that are in memory already and
-keeps nothing; `minitron` reads a .jsonl, starts its workers, tokenises, holds out, writes, joins and hashes. Memory is the sum of the resident sets of all
-processes of `minitron data`, sampled; what processes share counts for each.
+keeps nothing; `minitron` reads a .jsonl, starts its workers, tokenises, holds out, writes, joins and hashes. Memory is the sum of the resident sets
+of all processes of `minitron data`, sampled; what processes share counts for each.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,14 +47,14 @@ def write(data: Path, file: Path, megabytes: float) -> None:
 
 
 def timed(how: str, cores: int, tokenizer: str, file: str) -> None:
-    """In a process of its own: print seconds and tokens of one way of tokenising."""
+    """In a process of its own: print seconds, seconds of processor time and tokens of one way of tokenising."""
     from minitron.data.tokenizing import load_tokenizer
 
     if how == "plain":
         with open(file, encoding="utf-8") as handle:
             rows = [json.loads(line)["text"] for line in handle]
         backend = load_tokenizer(tokenizer).backend_tokenizer
-        started, tokens = time.perf_counter(), 0
+        started, used, tokens = time.perf_counter(), processor(), 0
         for start in range(0, len(rows), BATCH):
             tokens += sum(len(found.ids) + 1 for found in backend.encode_batch(rows[start : start + BATCH], add_special_tokens=False))
     else:
@@ -61,18 +62,23 @@ def timed(how: str, cores: int, tokenizer: str, file: str) -> None:
         from minitron.data.prepare import prepare
 
         with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), processor()
             manifest = prepare(Data(train=file, workers=cores), tokenizer, Path(folder), seed=1)
             tokens = manifest.num_tokens("train") + manifest.num_tokens("valid")
-    print(json.dumps([time.perf_counter() - started, tokens]))
+    print(json.dumps([time.perf_counter() - started, processor() - used, tokens]))
 
 
-def speed(how: str, cores: int, tokenizer: Path, file: Path) -> float:
-    """Tokens per second and core."""
+def processor() -> float:
+    """Seconds of processor time that this process and its children that have ended took so far."""
+    return sum(found.ru_utime + found.ru_stime for found in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def speed(how: str, cores: int, tokenizer: Path, file: Path) -> tuple[float, float]:
+    """Tokens per second and core, and per second of processor time, which other work on the machine changes less."""
     environment = {**os.environ, "RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true" if cores > 1 else "false"}
     command = [sys.executable, __file__, "--timed", how, str(cores), str(tokenizer), str(file)]
-    seconds, tokens = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
-    return float(tokens / seconds / cores)
+    seconds, used, tokens = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+    return tokens / seconds / cores, tokens / used
 
 
 def tree(process: int) -> list[int]:
@@ -132,8 +138,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         write(data, scratch / "text.jsonl", args.speed_megabytes)
         for cores in (1, 2):
             turns = [[speed(how, cores, model, scratch / "text.jsonl") for how in ("plain", "minitron")] for _ in range(args.repeats)]
-            plain, ours = (statistics.median(turn[side] for turn in turns) for side in (0, 1))
-            rows.append([f"tokens/s per core, {cores} of each", plain, ours, statistics.median(b / a for a, b in turns)])
+            for number, unit in enumerate(("s and core", "s of processor time")):
+                plain, ours = (statistics.median(turn[side][number] for turn in turns) for side in (0, 1))
+                ratio = statistics.median(turn[1][number] / turn[0][number] for turn in turns)
+                rows.append([f"tokens per {unit}, {cores} of each", plain, ours, ratio])
     if "memory" in what:
         peaks = []
         for megabytes in args.megabytes:
