@@ -222,6 +222,8 @@ def text_of(cfg: Config, split: str) -> tuple[str, str, str]:
         return f"data.{split}", own, "it has"
     if split == "valid":
         return "data.train", cfg.data.train, f"its held-out documents (data.valid_fraction={cfg.data.valid_fraction}) have"
+    if split == "calibration" and cfg.data.calibration_fraction is not None:
+        return "data.train", cfg.data.train, f"its documents for calibration (data.calibration_fraction={cfg.data.calibration_fraction}) have"
     return "data.train", cfg.data.train, "it has"
 
 

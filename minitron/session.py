@@ -105,16 +105,17 @@ class Session:
         splits = SPLITS if cfg.data.train != MISSING else [split for split in SPLITS if getattr(cfg.data, split) not in (None, MISSING)]
 
         def make() -> Manifest:
-            manifest = prepare(
-                cfg.data,
-                source.folder,
-                self.folder / "data",
-                seed=cfg.seed,
-                splits=splits,
-                texts=cfg.eval.texts,
-                vocab_size=source.arch.vocab_size,
-                on_progress=counter("tokenise", cfg.logging.progress),
-            )
+            with counter("tokenise", cfg.logging.progress) as count:
+                manifest = prepare(
+                    cfg.data,
+                    source.folder,
+                    self.folder / "data",
+                    seed=cfg.seed,
+                    splits=splits,
+                    texts=cfg.eval.texts,
+                    vocab_size=source.arch.vocab_size,
+                    on_progress=count,
+                )
             check_texts(cfg, self.verb, manifest)
             return manifest
 

@@ -126,6 +126,9 @@ class Data:
     train: str = setting(MISSING, "text to distil and train on")
     valid: str | None = setting(None, "held-out text (null: documents held out of data.train)")
     calibration: str | None = setting(None, "text to measure importance on (null: documents of data.train)")
+    calibration_fraction: float | None = setting(
+        None, "share of the documents of data.train held out to measure importance on (null: none, those that train reads)", above=0, most=0.25
+    )
     text_key: str = setting("text", "field that holds the text in jsonl, json and parquet sources")
     valid_fraction: float = setting(0.05, "share of the documents of data.train held out when data.valid is null", above=0, most=0.5)
     workers: int = setting(1, "processes that tokenise", least=1)
@@ -143,6 +146,10 @@ class Data:
     separate_documents: bool = setting(
         False, "in training, a token sees its own document alone, and the prediction of a document's first token from another's end does not count"
     )
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None and self.calibration_fraction is not None:
+            raise refuse("data.calibration_fraction", self.calibration_fraction, "null is needed with data.calibration")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,22 @@
-"""Which documents are held out for validation: decided by (seed, document number) alone, so that no order, worker or restart changes it."""
+"""Which documents are held out for validation and calibration: decided by (seed, document number) alone, so that no worker or restart changes it.
+
+Each document draws a number in [0, 1), and each side owns a stretch of it: validation the lower end, calibration the upper one, training what is
+between. So whether one of them is asked for changes nothing about the other.
+"""
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-Tokens = TypeVar("Tokens", bound=Any)  # whatever has a length and can be sliced
+import numpy as np
+
+Stretch = tuple[float, float]  # from the first number up to, not including, the second
+
+
+def stretches(valid: float | None, calibration: float | None) -> dict[str, Stretch]:
+    """What train owns, and valid and calibration where these shares of the documents are asked for; train comes first."""
+    low, high = valid or 0.0, 1.0 - (calibration or 0.0)
+    held = {"valid": (0.0, low), "calibration": (high, 1.0)}
+    return {"train": (low, high), **{split: stretch for split, stretch in held.items() if stretch[0] < stretch[1]}}
 
 
 def draw(seed: int, number: int) -> float:
@@ -14,35 +25,38 @@ def draw(seed: int, number: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def hold_out(documents: Iterable[Tokens], fraction: float, seed: int) -> Iterator[tuple[bool, Tokens]]:
-    """Mark each document as held out (True) or kept, `fraction` of them held out on average; both sides always get something.
+def hold_out(lengths: np.ndarray, prompts: np.ndarray, owned: Sequence[Stretch], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The side of each document, int8 [documents], after its length and its prompt's; side k owns the stretch `owned[k]`.
 
-    Where the draws of a small corpus all fall on one side, the one nearest to the other side changes over. A single document is cut: its last
-    `fraction` of tokens is held out. Documents are looked at in advance only until both sides have one (about 1/fraction of them).
+    Every side gets something: where no draw falls on one, the document nearest to it changes over. Fewer documents than sides are cut, each into
+    pieces in the order of their tokens, which are then what is returned; with less than one token for each side they stay whole.
     """
-    stream = iter(documents)
-    head: list[Tokens] = []
-    sides = set()
-    for document in stream:
-        sides.add(draw(seed, len(head)) < fraction)
-        head.append(document)
-        if len(sides) == 2:
-            break
-    else:
-        yield from _small(head, fraction, seed)
-        return
-    for number, document in enumerate(itertools.chain(head, stream)):
-        yield draw(seed, number) < fraction, document
+    count = len(lengths)
+    if len(owned) > 1 and 0 < count < len(owned) and int(lengths.min()) >= len(owned):
+        return _cut(lengths, prompts, owned)
+    if len(owned) == 1 or not count:
+        return lengths, prompts, np.zeros(count, np.int8)
+    draws = np.fromiter((draw(seed, number) for number in range(count)), np.float64, count)
+    sides = np.zeros(count, np.int8)
+    for side, (low, high) in enumerate(owned):
+        sides[(low <= draws) & (draws < high)] = side
+    for side, (low, high) in enumerate(owned):
+        if side not in sides:
+            spare = np.bincount(sides, minlength=len(owned))[sides] > 1
+            away = np.maximum(low - draws, draws - high)
+            if spare.any():
+                sides[np.where(spare, away, np.inf).argmin()] = side
+    return lengths, prompts, sides
 
 
-def _small(documents: list[Tokens], fraction: float, seed: int) -> Iterator[tuple[bool, Tokens]]:
-    if len(documents) == 1:
-        tokens = documents[0]
-        cut = min(max(round(len(tokens) * (1 - fraction)), 1), len(tokens) - 1)
-        yield from ((False, tokens[:cut]), (True, tokens[cut:]))
-        return
-    draws = [draw(seed, number) for number in range(len(documents))]
-    all_out = bool(draws) and max(draws) < fraction
-    odd_one = draws.index(max(draws) if all_out else min(draws)) if draws else 0
-    for number, document in enumerate(documents):
-        yield all_out != (number == odd_one), document
+def _cut(lengths: np.ndarray, prompts: np.ndarray, owned: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each document in one piece for each side: what owns the highest numbers comes first, so that validation reads its end."""
+    order = sorted(range(len(owned)), key=lambda side: -owned[side][0])
+    ends = np.rint(lengths[:, None] * (1 - np.array([owned[side][0] for side in order]))).astype(np.int64)
+    for place in range(len(order)):
+        before = ends[:, place - 1] if place else 0
+        ends[:, place] = np.clip(ends[:, place], before + 1, lengths - (len(order) - 1 - place))
+    starts = np.concatenate([np.zeros((len(lengths), 1), np.int64), ends[:, :-1]], axis=1)
+    pieces = ends - starts
+    of_prompts = np.clip(prompts[:, None] - starts, 0, pieces)
+    return pieces.ravel().astype(np.int32), of_prompts.ravel().astype(np.int32), np.tile(np.array(order, np.int8), len(lengths))

@@ -1,7 +1,9 @@
 """Megatron's indexed datasets: a .bin of token ids, document after document, and an .idx of their lengths. All of data/ that imports megatron."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,7 @@ __all__ = [
 
 # the header of an .idx file, as Megatron defines it; the lengths (int32), byte offsets (int64) and document boundaries (int64) follow
 _HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("boundaries", "<u8")])
+BLOCK_TOKENS = 1 << 22
 PROMPT_TYPE = np.dtype("<i4")
 _TOKEN_TYPES = {code.value: np.dtype(code.name) for code in DType if np.dtype(code.name).kind in "iu"}
 
@@ -73,6 +76,24 @@ def open_prompts(prefix: Path, indexed: IndexedDataset, setting: str) -> np.ndar
     if (prompts < 0).any() or (prompts > lengths).any():
         raise refuse(setting, prefix, f"{file.name} has prompts that are longer than their documents")
     return prompts
+
+
+def write_index(file: Path, dtype: Any, lengths: np.ndarray) -> None:
+    """The .idx of documents of these lengths, each one sequence, byte for byte as Megatron's builder writes it; that one keeps Python lists."""
+    count = len(lengths)
+    starts = np.cumsum(lengths, dtype="<i8") - lengths
+    with open(file, "wb") as handle:
+        np.array([(b"MMIDIDX", 1, DType.code_from_dtype(np.dtype(dtype).type), count, count + 1)], _HEADER).tofile(handle)
+        lengths.astype("<i4").tofile(handle)
+        (starts * np.dtype(dtype).itemsize).tofile(handle)
+        np.arange(count + 1, dtype="<i8").tofile(handle)
+
+
+def token_blocks(prefix: Path, dtype: Any) -> Iterator[np.ndarray]:
+    """The tokens of `prefix`.bin, `BLOCK_TOKENS` at a time. Read, not mapped: mapped pages would count as this process's memory."""
+    with open(f"{prefix}.bin", "rb") as handle:
+        while len(block := np.fromfile(handle, dtype, BLOCK_TOKENS)):
+            yield block
 
 
 def check_documents(prefix: Path, indexed: IndexedDataset, asked: str) -> None:

@@ -2,40 +2,43 @@
 
 With data.prompt_key, the first three have a .prompts file too: how many tokens of each document are its prompt, int32, in the index's order.
 valid is data.valid or, where that is null, documents held out of data.train (holdout.py), which train then lacks. calibration is data.calibration or,
-where that is null, the train split itself, never the valid one. Prepared data is used where it lies, unless documents are to be held out of it.
-A restart redoes only the parts whose source, tokenizer or settings changed, or whose files are not there as the manifest says.
+where that is null, documents held out likewise (data.calibration_fraction) or else the train split itself, never the valid one. Prepared data is used
+where it lies, unless documents are to be held out of it.
+
+A source is tokenised into pieces (pieces.py), which are joined when the last one is there: its tokens are on the disk twice until the pieces are
+removed. A restart goes on after the last piece, and redoes only the parts whose source, tokenizer or settings changed, or whose files are not there
+as the manifest says.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minitron.config.schema import Data
-from minitron.data.holdout import hold_out
-from minitron.data.indexed import PROMPT_TYPE, DType, IndexedDatasetBuilder, num_tokens, open_indexed, open_prompts, read_tokens
+from minitron.data.holdout import hold_out, stretches
+from minitron.data.indexed import PROMPT_TYPE, DType, num_tokens, open_indexed, open_prompts, token_blocks, write_index
 from minitron.data.manifest import Manifest, Part
-from minitron.data.sources import Source, blend, check_located, documents, locate, prompted_documents
-from minitron.data.tokenizing import Document, fingerprint, load_tokenizer, num_ids, tokenize_prompted, tokenized
+from minitron.data.pieces import ENDING, PIECE_TOKENS, Pieces
+from minitron.data.sources import Place, Source, blend, check_located, locate, records
+from minitron.data.tokenizing import Tokenize, Tokens, encoder, fingerprint, load_tokenizer, num_ids, tokenized
 from minitron.errors import refuse
 from minitron.files import atomic_path, remove, sha256
 
 SPLITS = ("train", "valid", "calibration")
 ENDINGS = ("bin", "idx", "prompts")
-PROGRESS_DOCUMENTS = 256  # documents between two reports
-SCAN_TOKENS = 1 << 24  # tokens of a .bin file in memory while it is described
-Side = tuple[bool, Document]  # (held out?, a document)
-Progress = Callable[[str, int, int], None]  # (name of the part, documents so far, tokens so far)
+# (name of the part, documents so far, tokens so far, share of the source's bytes that was read or None)
+Progress = Callable[[str, int, int, float | None], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One source and the parts it gives: (split, part name), the second one for the documents held out of the first."""
+    """One source and the parts it gives: (split, part name), those after the first for the documents held out of it."""
 
     source: Source
     weight: float
@@ -46,6 +49,10 @@ class Job:
     def endings(self) -> tuple[str, ...]:
         """Of the files of each part."""
         return ENDINGS[:2] if self.prompt_key is None else ENDINGS
+
+    @property
+    def name(self) -> str:
+        return self.parts[0][1]
 
     @property
     def in_place(self) -> bool:
@@ -59,13 +66,14 @@ def prepare(data: Data, tokenizer_path: str | Path, folder: Path, *, seed: int, 
     `seed` draws the held-out documents. Raises RequestError: a source that `check_source` refuses (before anything is tokenised), no tokens, a
     token id that a model with `vocab_size` lacks, a full disk.
     """
+    folder = Path(folder)
     manifest = Manifest.load(folder)
     tokenizer = load_tokenizer(str(tokenizer_path))
     jobs = _jobs(data, splits, texts or {})
     keys = [_made_from(job, data, seed, fingerprint(tokenizer)) for job in jobs]
     todo = [(job, key) for job, key in zip(jobs, keys, strict=True) if not _is_current(manifest, job, key)]
     for job, _ in todo:
-        if job.source.kind == "prepared" and job.source.prefix.parent.resolve() == manifest.folder.resolve():
+        if job.source.kind == "prepared" and job.source.prefix.parent.resolve() == folder.resolve():
             raise job.source.refusal(job.source.given, "is this run's own data; give the source that it was made from, or use another run.dir")
         check_located(job.source, data.text_key, data.split, job.prompt_key)
     for job, key in todo:
@@ -73,15 +81,15 @@ def prepare(data: Data, tokenizer_path: str | Path, folder: Path, *, seed: int, 
             manifest.drop(name)
         if not job.in_place:
             manifest.save()  # before the files change: a part that is listed is complete
-            stream, dtype = _token_documents(job, tokenizer, data)
-            sides = hold_out(stream, data.valid_fraction, seed) if len(job.parts) == 2 else ((False, document) for document in stream)
-            _write(job, manifest.folder, _watched(sides, job, vocab_size, on_progress), dtype)
+            stored = _prepared(job) if job.source.kind == "prepared" else _tokenise(job, key, tokenizer, data, folder, vocab_size, on_progress)
+            _write(job, folder, stored, data, seed)
         for _, name in job.parts:
-            manifest.parts[name] = _describe(job, name, manifest.folder, key)
+            manifest.parts[name] = _describe(job, name, folder, key)
         manifest.save()
+        remove(folder / f"{job.name}.{ENDING}")
     for split in {split: None for job in jobs for split, _ in job.parts}:
         manifest.splits[split] = [(name, job.weight) for job in jobs for to, name in job.parts if to == split]
-    if data.calibration is None and any(split == "train" for job in jobs for split, _ in job.parts):
+    if data.calibration is None and data.calibration_fraction is None and any(split == "train" for job in jobs for split, _ in job.parts):
         manifest.splits["calibration"] = manifest.splits["train"]
     for job in jobs:
         for _, name in job.parts:
@@ -102,13 +110,18 @@ def _jobs(data: Data, splits: Sequence[str], texts: Mapping[str, str]) -> list[J
         wanted.append((f"text_{name}", f"eval.texts.{name}", spec))
     jobs = []
     for split, setting, spec in wanted:
-        outputs = (split, "valid") if split == "train" and data.valid is None else (split,)
+        outputs = [*_owned(data)] if split == "train" else [split]
         sources = blend(spec, setting)
         for number, (weight, given) in enumerate(sources):
             suffix = f".{number}" if len(sources) > 1 else ""
             prompt_key = data.prompt_key if split in SPLITS else None
             jobs.append(Job(locate(given, setting), weight, tuple((output, output + suffix) for output in outputs), prompt_key))
     return jobs
+
+
+def _owned(data: Data) -> dict[str, tuple[float, float]]:
+    """The splits that data.train gives, train first, and the stretch of the draws of each (holdout.py)."""
+    return stretches(data.valid_fraction if data.valid is None else None, data.calibration_fraction)
 
 
 def _made_from(job: Job, data: Data, seed: int, tokenizer: str) -> dict[str, Any]:
@@ -124,8 +137,9 @@ def _made_from(job: Job, data: Data, seed: int, tokenizer: str) -> dict[str, Any
         "text_key": None if job.source.kind == "prepared" else job.source.field or data.text_key,
         "hub_split": data.split if job.source.kind == "hub" else None,
         "tokenizer": None if job.source.kind == "prepared" else tokenizer,
-        "held_out": {"fraction": data.valid_fraction, "seed": seed} if len(job.parts) == 2 else None,
-        # only where there are prompts: without them, data stays what it was before there was this setting
+        "held_out": {"fraction": data.valid_fraction, "seed": seed} if len(job.parts) > 1 else None,
+        # only where they are set: without them, data stays what it was before there were these settings
+        **({} if len(job.parts) == 1 or data.calibration_fraction is None else {"calibration_fraction": data.calibration_fraction}),
         **({} if job.prompt_key is None or job.source.kind == "prepared" else {"prompt_key": job.prompt_key}),
     }
 
@@ -141,54 +155,86 @@ def _is_current(manifest: Manifest, job: Job, key: dict[str, Any]) -> bool:
     return True
 
 
-def _token_documents(job: Job, tokenizer: Any, data: Data) -> tuple[Iterator[Document], Any]:
-    """A source's documents, and the smallest type of Megatron's that holds their token ids."""
-    if job.source.kind == "prepared":
-        indexed = open_indexed(job.source.prefix, job.source.setting)
-        given = None if job.prompt_key is None else open_prompts(job.source.prefix, indexed, job.source.setting).tolist()
-        bounds = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])[indexed.document_indices]
-        spans = zip(bounds[:-1].tolist(), bounds[1:].tolist(), given or [0] * (len(bounds) - 1), strict=True)
-        return (Document(read_tokens(indexed, start, end - start), prompt) for start, end, prompt in spans if end > start), indexed.index.dtype
-    dtype = DType.optimal_dtype(num_ids(tokenizer))
-    if job.prompt_key is not None:
-        rows = prompted_documents(job.source, job.prompt_key, data.text_key, data.split)
-        return tokenized(tokenizer, rows, data.workers, tokenize_prompted), dtype
-    return map(Document, tokenized(tokenizer, documents(job.source, data.text_key, data.split), data.workers)), dtype
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The documents of a source as tokens on the disk, none of them empty."""
+
+    dtype: Any
+    lengths: np.ndarray  # int32 [documents]
+    prompts: np.ndarray  # int32 [documents]
+    blocks: Callable[[], Iterator[np.ndarray]]  # all tokens, as many at a time as memory holds
 
 
-def _watched(sides: Iterable[Side], job: Job, vocab_size: int | None, on_progress: Progress | None) -> Iterator[Side]:
-    """Pass the documents on, checked against the vocabulary, and report how many went by."""
-    count, total = 0, 0
-    for held_out, document in sides:
-        _check_vocabulary(job.source, int(document.tokens.max()), vocab_size)
-        count, total = count + 1, total + len(document)
-        if on_progress and count % PROGRESS_DOCUMENTS == 0:
-            on_progress(job.parts[0][1], count, total)
-        yield held_out, document
+def _prepared(job: Job) -> Stored:
+    indexed = open_indexed(job.source.prefix, job.source.setting)
+    bounds = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])[indexed.document_indices]
+    lengths = np.diff(bounds).astype(np.int32)
+    given = np.zeros_like(lengths) if job.prompt_key is None else open_prompts(job.source.prefix, indexed, job.source.setting)
+    dtype = indexed.index.dtype
+    return Stored(dtype, lengths[lengths > 0], given[lengths > 0], lambda: token_blocks(job.source.prefix, dtype))
+
+
+def _tokenise(job: Job, key: dict[str, Any], tokenizer: Any, data: Data, folder: Path, vocab_size: int | None,
+              on_progress: Progress | None) -> Stored:  # fmt: skip
+    """Tokenise what of the source is not in pieces yet."""
+    # documents are held out when the pieces are joined: another fraction or seed finds these as good as before
+    pieces = Pieces(folder / f"{job.name}.{ENDING}", {name: value for name, value in key.items() if not name.startswith(("held_out", "calibration"))})
+    place, dtype = Place(skip=pieces.records), DType.optimal_dtype(num_ids(tokenizer))  # the smallest of Megatron's that holds the ids
+    documents, tokens, waiting = pieces.documents, pieces.tokens, list[Tokens]()
     if on_progress:
-        on_progress(job.parts[0][1], count, total)
+        on_progress(job.name, documents, tokens, None)
+    rows = records(job.source, place, data.text_key, data.split, job.prompt_key)
+    with contextlib.closing(tokenized(Tokenize(encoder(tokenizer), dtype), rows, data.workers)) as chunks:
+        for chunk in chunks:
+            _check_vocabulary(job.source, int(chunk.ids.max(initial=0)), vocab_size)
+            waiting.append(chunk)
+            documents, tokens = documents + len(chunk.lengths), tokens + len(chunk.ids)
+            if tokens - pieces.tokens >= PIECE_TOKENS:
+                pieces.add(waiting)
+                waiting.clear()
+            if on_progress:
+                on_progress(job.name, documents, tokens, place.share)
+    if waiting:
+        pieces.add(waiting)
+    return Stored(dtype, pieces.of_documents("lengths"), pieces.of_documents("prompts"), pieces.blocks)
 
 
-def _write(job: Job, folder: Path, sides: Iterable[Side], dtype: Any) -> None:
-    """Write the files of a job's parts, all complete or all absent."""
+def _write(job: Job, folder: Path, stored: Stored, data: Data, seed: int) -> None:
+    """Write the files of a job's parts, all complete or all absent; a block of tokens and a few bytes for each document are in memory."""
+    owned = _owned(data)
+    lengths, prompts, sides = hold_out(
+        stored.lengths, stored.prompts, [owned[split] for split, _ in job.parts] if len(job.parts) > 1 else [(0, 1)], seed
+    )
+    if not len(lengths):
+        raise job.source.refusal(job.source.given, "holds no text that gives tokens")
+    if len(np.unique(sides)) < len(job.parts):
+        raise job.source.refusal(job.source.given, f"is too little text to give something to each of {', '.join(split for split, _ in job.parts)}")
     with contextlib.ExitStack() as stack:
         files = [[stack.enter_context(atomic_path(folder / f"{name}.{ending}")) for ending in job.endings] for _, name in job.parts]
-        builders = [IndexedDatasetBuilder(str(tokens), dtype) for tokens, *_ in files]
-        prompts: list[list[int]] = [[] for _ in files]
-        for builder in builders:
-            stack.callback(builder.data_file.close)
-        for held_out, document in sides:
-            builders[held_out].add_document(document.tokens, [len(document)])
-            prompts[held_out].append(document.prompt)
-        if not all(builder.sequence_lengths for builder in builders):
-            raise job.source.refusal(job.source.given, "holds no text that gives tokens")
-        for builder, lengths, (_, index, *beside) in zip(builders, prompts, files, strict=True):
-            builder.finalize(str(index))
+        with contextlib.ExitStack() as opened:
+            handles = [opened.enter_context(open(tokens, "wb")) for tokens, *_ in files]
+            for block, side_of in _sided(stored.blocks(), lengths, sides):
+                for side, handle in enumerate(handles):
+                    block[side_of == side].tofile(handle)
+        for side, (_, index, *beside) in enumerate(files):
+            write_index(index, stored.dtype, lengths[sides == side])
             for file in beside:
-                np.array(lengths, PROMPT_TYPE).tofile(file)
+                prompts[sides == side].astype(PROMPT_TYPE).tofile(file)
     for _, name in job.parts:
         for ending in set(ENDINGS) - {*job.endings}:
             remove(folder / f"{name}.{ending}")  # of an earlier part of this name
+
+
+def _sided(blocks: Iterator[np.ndarray], lengths: np.ndarray, sides: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each block of tokens with the side of each token; a block may end inside a document."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")  # the documents of the first and of the last token
+        inside = np.diff(np.clip(ends[first : last + 1], start, stop), prepend=start).astype(np.int64)
+        yield block, np.repeat(sides[first : last + 1], inside)
+        start = stop
 
 
 def _describe(job: Job, name: str, folder: Path, key: dict[str, Any]) -> Part:
@@ -196,17 +242,16 @@ def _describe(job: Job, name: str, folder: Path, key: dict[str, Any]) -> Part:
     prefix = job.source.prefix if job.in_place else Path(name)
     path = folder / prefix
     indexed = open_indexed(path, job.source.setting)
-    tokens, largest, digest = num_tokens(indexed), 0, hashlib.sha256()
-    for start in range(0, tokens, SCAN_TOKENS):
-        block = read_tokens(indexed, start, min(SCAN_TOKENS, tokens - start))
+    largest, digest = 0, hashlib.sha256()
+    for block in token_blocks(path, indexed.index.dtype):
         largest = max(largest, int(block.max()))
-        digest.update(block.astype(indexed.index.dtype).tobytes())
+        digest.update(block.data)
     files = {ending: Path(f"{path}.{ending}") for ending in job.endings}
     return Part(
         prefix=str(prefix),
         source=job.source.given,
         documents=len(indexed.document_indices) - 1,
-        tokens=tokens,
+        tokens=num_tokens(indexed),
         largest_id=largest,
         bytes={ending: file.stat().st_size for ending, file in files.items()},
         sha256={"bin": digest.hexdigest(), **{ending: sha256(files[ending]) for ending in job.endings[1:]}},
@@ -226,3 +271,5 @@ def _remove_unused(manifest: Manifest) -> None:
         del manifest.parts[name]
         for ending in ENDINGS:
             remove(manifest.folder / f"{name}.{ending}")
+    for left in (*manifest.folder.glob(f"*.{ENDING}"), *manifest.folder.glob(".*.partial"), *manifest.folder.glob(".*.removed")):
+        remove(left)  # by a killed run of other settings

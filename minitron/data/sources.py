@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -39,7 +40,7 @@ CHECKED_FILES = 64  # of a folder: more would make the check before a run slow; 
 CHECKED_BYTES = 64 << 20  # a compressed file up to this size is unpacked once to see that it is whole
 
 
-Row = tuple[str, str]  # a document's prompt, which may be empty, and its text
+Row = tuple[str, str]  # a record's prompt and text, both of which may be empty
 
 
 class Keys(NamedTuple):
@@ -47,6 +48,26 @@ class Keys(NamedTuple):
 
     text: str
     prompt: str | None = None
+
+
+@dataclasses.dataclass
+class Place:
+    """Where the reading of a source stands. The readers keep it up to date."""
+
+    skip: int = 0  # records that are still to be passed over
+    total: int = 0  # bytes of all files
+    before: int = 0  # bytes of the files that were read to their ends
+    within: Callable[[], int] = lambda: 0  # bytes read of the file that is open
+
+    def passes(self) -> bool:
+        """Whether the record that comes next is to be passed over."""
+        self.skip -= (passed := self.skip > 0)
+        return passed
+
+    @property
+    def share(self) -> float | None:
+        """How much of the files was read, in [0, 1]; None where their size is not known."""
+        return (self.before + self.within()) / self.total if self.total else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,32 +151,30 @@ def check_located(source: Source, text_key: str = "text", split: str = "train", 
             open_prompts(source.prefix, indexed, source.setting)
     elif source.kind == "files":
         _check_files(source, keys)
-    elif next(_hub(source, keys, split), None) is None:
+    elif next(_hub(source, keys, split, Place()), None) is None:
         raise source.refusal(source.given, f"split {split} holds no text")
 
 
-def documents(source: Source, text_key: str = "text", split: str = "train") -> Iterator[str]:
-    """The documents of a source of text, in order, never more than one file's row group, line or .txt/.json file in memory.
+def records(source: Source, place: Place, text_key: str = "text", split: str = "train", prompt_key: str | None = None) -> Iterator[Row]:
+    """Prompt and text of every record of a source of text after the first `place.skip`, in order, never more than one file's row group, line or
+    .txt/.json file in memory. An empty text is no document, but counts as a record.
 
     Raises RequestError, while it runs, for what can't be read.
     """
-    return (text for _, text in _rows(source, Keys(source.field or text_key), split))
-
-
-def prompted_documents(source: Source, prompt_key: str, text_key: str = "text", split: str = "train") -> Iterator[Row]:
-    """As `documents`, each as (prompt, text); a prompt may be empty, and a prompt without a text is left out."""
-    return _rows(source, Keys(source.field or text_key, prompt_key), split)
-
-
-def _rows(source: Source, keys: Keys, split: str) -> Iterator[Row]:
-    rows = _hub(source, keys, split) if source.kind == "hub" else (row for file in source.files for row in _file(source, file, keys))
-    return ((prompt, text) for prompt, text in rows if text)
+    keys = Keys(source.field or text_key, prompt_key)
+    if source.kind == "hub":
+        yield from _hub(source, keys, split, place)
+        return
+    place.total = sum(file.stat().st_size for file in source.files)
+    for file in source.files:
+        yield from _file(source, file, keys, place)
+        place.before, place.within = place.before + file.stat().st_size, lambda: 0
 
 
 def _check_files(source: Source, keys: Keys) -> None:
     found = False
     for file in source.files[:CHECKED_FILES]:
-        found |= next((True for _, text in _file(source, file, keys) if text), False)
+        found |= next((True for _, text in _file(source, file, keys, Place()) if text), False)
         if file.suffix.lower() in COMPRESSIONS and file.stat().st_size <= CHECKED_BYTES:
             with _readable(source, file), pa.input_stream(str(file), compression="detect") as stream:
                 while stream.read(1 << 20):
@@ -164,30 +183,32 @@ def _check_files(source: Source, keys: Keys) -> None:
         raise refuse(source.setting, source.given, "holds no text")
 
 
-# ---- readers: (source, file, fields) -> (prompt, text) of every record ----
+# ---- readers: (source, file, fields, place) -> (prompt, text) of every record that is not to be passed over ----
 
 
-def _file(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
+def _file(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[Row]:
     reader = _reader(file)
     assert reader is not None, f"locate() let {file} through"
     with _readable(source, file):
-        yield from reader(source, file, keys)
+        yield from reader(source, file, keys, place)
 
 
-def _plain(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
+def _plain(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[Row]:
     if keys.prompt is not None:
         raise refuse("data.prompt_key", keys.prompt, f"{file} has no fields: records (.jsonl, .json, .parquet) are needed")
-    with _opened(file) as handle:
+    if place.passes():
+        return
+    with _opened(file, place) as handle:
         text = handle.read()
     if "\0" in text:
         raise source.refusal(file, "not text: it holds NUL bytes")
     yield "", text
 
 
-def _json_lines(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
-    with _opened(file) as handle:
+def _json_lines(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[Row]:
+    with _opened(file, place) as handle:
         for number, line in enumerate(handle, 1):
-            if line.strip():
+            if line.strip() and not place.passes():
                 try:
                     record = json.loads(line)
                 except ValueError as error:
@@ -195,8 +216,8 @@ def _json_lines(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
                 yield _row(source, record, keys, f"line {number} of {file}")
 
 
-def _json(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
-    with _opened(file) as handle:
+def _json(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[Row]:
+    with _opened(file, place) as handle:
         try:
             content = json.load(handle)
         except UnicodeDecodeError:
@@ -207,10 +228,11 @@ def _json(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
     if not isinstance(content, list | dict):
         raise source.refusal(file, "a list of records, or an object whose values are records, is needed")
     for name, record in content.items() if isinstance(content, dict) else enumerate(content):
-        yield _row(source, record, keys, f"record {name} of {file}")
+        if not place.passes():
+            yield _row(source, record, keys, f"record {name} of {file}")
 
 
-def _parquet(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
+def _parquet(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[Row]:
     with pq.ParquetFile(file) as table:
         # the first row is judged by names and types alone, so that no other column is read
         _row(source, dict.fromkeys(table.schema_arrow.names), keys, str(file))
@@ -219,20 +241,29 @@ def _parquet(source: Source, file: Path, keys: Keys) -> Iterator[Row]:
             kind = table.schema_arrow.field(key).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise source.refusal(file, f"the field {key} holds {kind}, not text")
-        for rows in table.iter_batches(batch_size=1024, columns=columns):
-            texts = rows.column(keys.text).to_pylist()
-            prompts = rows.column(keys.prompt).to_pylist() if keys.prompt is not None else [""] * len(texts)
-            yield from ((prompt or "", text or "") for prompt, text in zip(prompts, texts, strict=True))
+        size, groups = file.stat().st_size, table.metadata.num_row_groups
+        for number in range(groups):
+            if (count := table.metadata.row_group(number).num_rows) <= place.skip:
+                place.skip -= count  # without reading it
+                continue
+            place.within = functools.partial(int, size * number / groups)
+            for rows in table.iter_batches(batch_size=1024, row_groups=[number], columns=columns):
+                passed = min(place.skip, len(rows))
+                place.skip -= passed
+                texts = rows.column(keys.text)[passed:].to_pylist()
+                prompts = rows.column(keys.prompt)[passed:].to_pylist() if keys.prompt is not None else [""] * len(texts)
+                yield from ((prompt or "", text or "") for prompt, text in zip(prompts, texts, strict=True))
 
 
-def _hub(source: Source, keys: Keys, split: str) -> Iterator[Row]:
+def _hub(source: Source, keys: Keys, split: str, place: Place) -> Iterator[Row]:
     import datasets
 
     name = HUB_ID.fullmatch(source.name)
     assert name is not None, f"locate() let {source.name} through"
     try:
         with _quiet_hub():
-            for number, record in enumerate(datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)):
+            stream = datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)
+            for number, record in enumerate(stream.skip(place.skip) if place.skip else stream, place.skip):
                 yield _row(source, record, keys, f"record {number} of {source.given}")
     except RequestError:
         raise
@@ -253,13 +284,14 @@ def _quiet_hub() -> Iterator[None]:
         log.setLevel(level)
 
 
-READERS: dict[str, Callable[[Source, Path, Keys], Iterator[Row]]] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+Reader = Callable[[Source, Path, Keys, Place], Iterator[Row]]
+READERS: dict[str, Reader] = {".txt": _plain, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
 
 
 # ---- helpers ----
 
 
-def _reader(file: Path) -> Callable[[Source, Path, Keys], Iterator[Row]] | None:
+def _reader(file: Path) -> Reader | None:
     name = file.name.lower()
     packed = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     reader = READERS.get(Path(name.removesuffix(packed)).suffix)
@@ -305,9 +337,11 @@ def _field(source: Source, record: dict[str, Any], key: str, named: tuple[str, s
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[io.TextIOWrapper]:
+def _opened(file: Path, place: Place) -> Iterator[io.TextIOWrapper]:
     """A text file, unpacked by its ending. Line ends are kept as they are; a byte-order mark is dropped."""
-    with pa.input_stream(str(file), compression="detect") as stream:
+    codec = pa.Codec.detect(str(file).lower()).name if file.suffix.lower() in COMPRESSIONS else None
+    with open(file, "rb") as packed, pa.input_stream(packed, compression=codec) as stream:
+        place.within = lambda: 0 if packed.closed else packed.tell()
         yield io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
 
 

@@ -5,24 +5,20 @@ A document becomes the tokens of its text and the end-of-document token, nothing
 that no token lies across its end. What comes out does not depend on the number of workers.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from minitron.data.workers import spread
 from minitron.errors import refuse
 
-Text = TypeVar("Text", str, tuple[str, str])
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # one task of a worker: whichever is reached first
 
 
@@ -58,101 +54,91 @@ def num_ids(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Token ids (int32) of each text that has any, each with the end-of-document token after them."""
-    return [np.array([*row, tokenizer.eos_token_id], dtype=np.int32) for row in _ids(tokenizer, texts) if row]
+class Tokens(NamedTuple):
+    """Tokenised documents, one after another; those without any token are left out."""
+
+    ids: np.ndarray  # [tokens]
+    lengths: np.ndarray  # int32 [documents]
+    prompts: np.ndarray  # int32 [documents]: how many tokens at the start of each are its prompt's
+    records: int  # records of the source that were read for them
 
 
-def tokenize_prompted(tokenizer: Any, rows: list[tuple[str, str]]) -> list["Document"]:
-    """As `tokenize`, of (prompt, text) pairs."""
-    prompts, texts = (_ids(tokenizer, [row[side] for row in rows]) for side in (0, 1))
-    return [
-        Document(np.array([*prompt, *text, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
-        for prompt, text in zip(prompts, texts, strict=True)
-        if text
-    ]
+class Encoder(Protocol):
+    """What gives the token ids of texts; worker processes get a copy."""
+
+    eos: int
+
+    def __call__(self, texts: list[str]) -> list[list[int]]: ...
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]  # fmt: skip
-    return ids
+class _Fast:
+    """The Rust part of a tokenizer by itself: workers then need not import transformers, and no offsets are computed."""
+
+    def __init__(self, backend: Any, eos: int) -> None:
+        self.backend, self.eos = type(backend).from_str(backend.to_str()), eos
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        self.backend.encode_special_tokens = True  # set here, since a copy in another process forgets it
+        return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class _Plain:
+    """A tokenizer in Python."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]  # fmt: skip
+        return ids
+
+
+def encoder(tokenizer: Any) -> Encoder:
+    """What of a tokenizer is needed to encode: no token is added, and what spells a special one is text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _Plain(tokenizer) if backend is None else _Fast(backend, tokenizer.eos_token_id)
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """A document's token ids, the first `prompt` of them its prompt's. A slice of it is a document too."""
+class Tokenize:
+    """(prompt, text) rows -> `Tokens` of type `dtype`; a row whose text has no tokens is left out, prompt and all."""
 
-    tokens: np.ndarray
-    prompt: int = 0
+    encode: Encoder
+    dtype: Any
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def __call__(self, rows: list[tuple[str, str]]) -> Tokens:
+        texts = self.encode([text for _, text in rows])
+        prompts = self.encode([prompt for prompt, _ in rows]) if any(prompt for prompt, _ in rows) else [[]] * len(rows)
+        found = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
+        lengths = np.array([len(prompt) + len(text) + 1 for prompt, text in found], np.int32)
+        end = (self.encode.eos,)
+        flat = itertools.chain.from_iterable(part for prompt, text in found for part in (prompt, text, end))
+        ids = np.fromiter(flat, self.dtype, int(lengths.sum()))
+        return Tokens(ids, lengths, np.array([len(prompt) for prompt, _ in found], np.int32), len(rows))
 
-    def __getitem__(self, part: slice) -> "Document":
-        start, stop, _ = part.indices(len(self))
-        return Document(self.tokens[start:stop], min(max(self.prompt - start, 0), stop - start))
 
-
-def tokenized(tokenizer: Any, texts: Iterable[Text], workers: int, work: Callable[[Any, list[Any]], list[Any]] = tokenize) -> Iterator[Any]:
-    """`tokenize`, or `tokenize_prompted` as `work`, over a stream of texts, in order, holding a few chunks per worker at a time.
-
-    One worker stays in this process. Several are fresh interpreters (spawned), so a script that calls this needs `if __name__ == "__main__"`.
-    """
+def tokenized(tokenize: Tokenize, rows: Iterable[tuple[str, str]], workers: int) -> Generator[Tokens, None, None]:
+    """A stream of (prompt, text) rows, chunk after chunk, holding a few chunks per worker at a time; one worker stays in this process."""
     with _serial_tokenizers():
-        if workers == 1:
-            for chunk in _chunks(texts):
-                yield from work(tokenizer, chunk)
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, work)) as pool:
-            pending: collections.deque[concurrent.futures.Future[list[Any]]] = collections.deque()
-            try:
-                for chunk in _chunks(texts):
-                    pending.append(pool.submit(_work, chunk))
-                    if len(pending) > 2 * workers:
-                        yield from pending.popleft().result()
-                while pending:
-                    yield from pending.popleft().result()
-            except BrokenProcessPool as error:
-                raise refuse("data.workers", workers, "a worker process died (out of memory?); fewer workers need less") from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        chunks = _chunks(rows)
+        yield from map(tokenize, chunks) if workers == 1 else spread(tokenize, chunks, workers)
 
 
-def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    chunk: list[Text] = []
+def _chunks(rows: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    chunk: list[tuple[str, str]] = []
     characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text) if isinstance(text, str) else sum(map(len, text))
+    for prompt, text in rows:
+        chunk.append((prompt, text))
+        characters += len(prompt) + len(text)
         if len(chunk) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-_worker: dict[str, Any] = {}  # what a worker process works with, sent once rather than with every chunk
-
-
-def _start_worker(tokenizer: Any, work: Callable[[Any, list[Any]], list[Any]]) -> None:
-    _worker.update(tokenizer=tokenizer, work=work)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(texts: list[Any]) -> list[Any]:
-    found: list[Any] = _worker["work"](_worker["tokenizer"], texts)
-    return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ Numbers are never cut: where a terminal is too narrow for all of a bar or a tabl
 """
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +19,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -30,6 +33,7 @@ from minitron.reporting.results import HELD_OUT, RESULTS, STUDENT, Evals, Row, m
 from minitron.reporting.wording import ABSENT, counted, decimal, percent, size
 
 Advance = Callable[..., None]
+Count = Callable[[str, int, int, float | None], None]
 PLAIN_LINES = 10  # lines that a progress prints at least where there is no terminal,
 PLAIN_SECONDS = 30.0  # and the longest that it says nothing while turns are done
 BAR_LEAST = 10  # characters
@@ -98,18 +102,92 @@ def progress(description: str, total: int, enabled: bool, *, start: int = 0, con
         yield _plain_lines(description, total, start, console)
 
 
-def counter(description: str, enabled: bool, *, every: float = 5.0, console: Console | None = None) -> Callable[[str, int, int], None]:
-    """For work whose length nobody knows: `count(what, documents, tokens)` prints a line when `what` is new, then every `every` seconds."""
-    console = console or Console()
-    said: dict[str, float] = {}
+@contextlib.contextmanager
+def counter(description: str, enabled: bool, *, every: float = 5.0, console: Console | None = None) -> Iterator[Count]:
+    """For work whose length is known roughly or not at all: yields `count(what, documents, tokens, share)`, the last one in [0, 1] or None.
 
-    def count(what: str, documents: int, tokens: int) -> None:
+    On a terminal it is a bar for each `what`, elsewhere a line when `what` is new, then every `every` seconds; nothing at all if not `enabled`.
+    """
+    console = console or Console()
+    if not enabled:
+        yield lambda what, documents, tokens, share: None
+    elif console.is_terminal:
+        with _CountBar(console) as bar:
+            yield functools.partial(bar.count, description)
+    else:
+        yield _count_lines(description, every, console)
+
+
+def _count_lines(description: str, every: float, console: Console) -> Count:
+    said: dict[str, float] = {}
+    paces: dict[str, _Pace] = {}
+
+    def count(what: str, documents: int, tokens: int, share: float | None) -> None:
         now = time.monotonic()
-        if enabled and now - said.get(what, -every) >= every:
+        pace = _pace(paces, what, _Pace(now, tokens, share))
+        if now - said.get(what, -every) >= every:
             said[what] = now
-            console.out(f"{description} {what}: {counted(documents, 'document')}, {counted(tokens, 'token')}", highlight=False)
+            line = f"{description} {what}: {counted(documents, 'document')}, {counted(tokens, 'token')}"
+            fields = {"tokens/s": pace.speed(now, tokens), "ETA": _clock(left) if (left := pace.left(now, share)) is not None else None}
+            if share is not None:
+                line += f", {share:.0%} of the text"
+            told = field_text({name: value for name, value in fields.items() if value is not None})
+            console.out(line + (f" {told}" if told else ""), highlight=False)
 
     return count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pace:
+    """Speed of work that began, in this process, at `time` with `tokens` and `share` of it done."""
+
+    time: float
+    tokens: int
+    share: float | None
+
+    def speed(self, now: float, tokens: int) -> float | None:
+        """Tokens per second; None before there is any."""
+        return (tokens - self.tokens) / (now - self.time) if now > self.time else None
+
+    def left(self, now: float, share: float | None) -> float | None:
+        """Seconds to the end; None where that can't be told."""
+        done = (share or 0.0) - (self.share or 0.0)
+        return (now - self.time) * (1 - share) / done if share is not None and done > 0 else None
+
+
+def _pace(paces: dict[str, _Pace], what: str, here: _Pace) -> _Pace:
+    """The pace of `what`, from when its share is known on: what a restart passes over before goes faster than the rest."""
+    if what not in paces or (paces[what].share is None and here.share is not None):
+        paces[what] = here
+    return paces[what]
+
+
+class _CountBar(Progress):
+    """A bar for each part of a work, with what was counted below it; it runs to and fro while nobody knows how far the work has come."""
+
+    def __init__(self, console: Console) -> None:
+        self.paces: dict[str, _Pace] = {}
+        self.bars: dict[str, TaskID] = {}
+        share = TaskProgressColumn("{task.percentage:>3.0f} %", style="bold")
+        super().__init__(TextColumn("[bold]{task.description}"), BarColumn(None, complete_style="blue", finished_style="blue"), share,
+                         TimeElapsedColumn(), console=console, expand=True, refresh_per_second=4)  # fmt: skip
+
+    def count(self, description: str, what: str, documents: int, tokens: int, share: float | None) -> None:
+        """Show how far `what` has come."""
+        now = time.monotonic()
+        if what not in self.bars:
+            self.bars[what] = self.add_task(escape(f"{description} {what}"), total=None, numbers="")
+        pace = _pace(self.paces, what, _Pace(now, tokens, share))
+        left = pace.left(now, share)
+        fields = {"documents": documents, "tokens": tokens, "tokens/s": pace.speed(now, tokens), "ETA": None if left is None else _clock(left)}
+        numbers = field_text({name: value for name, value in fields.items() if value is not None}, self.console.width - 2)
+        self.update(self.bars[what], total=None if share is None else 1.0, completed=share or 0.0, numbers=numbers)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, then the numbers of the last one, which is the one that moves."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks[-1:]:
+            yield Text("\n".join(f"  {line}" for line in task.fields["numbers"].split("\n")), style="dim")
 
 
 class _Bar(Progress):

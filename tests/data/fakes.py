@@ -1,25 +1,57 @@
-"""Stand-ins for a tokenizer in worker processes; in a file that imports nothing slow, since every worker imports it."""
+"""Stand-ins for an encoder in worker processes; in a file that imports nothing slow, since every worker imports it."""
 
 import os
-from typing import Any
+import time
 
 
-class ProcessTokenizer:
+class ProcessEncoder:
     """Gives the process it runs in and the text's number as tokens."""
 
-    eos_token_id = 0
+    eos = 0
 
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[os.getpid(), int(text)] for text in texts]}
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [[os.getpid(), int(text)] for text in texts]
 
 
-class DyingTokenizer:
+class DyingEncoder:
     """Ends its process, as the kernel does with one that takes too much memory."""
 
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+    eos = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
         os._exit(9)
 
 
-class FailingTokenizer:
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+class FailingEncoder:
+    eos = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
         raise LookupError("in the worker")
+
+
+class LostEncoder:
+    """Can't be read by a worker."""
+
+    eos = 0
+
+    def __reduce__(self) -> tuple:
+        return int, ("not here",)
+
+
+class LongEncoder:
+    """Answers that no pipe holds, so that sending one takes until it is read."""
+
+    eos = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [[os.getpid()] * 10**6 for _ in texts]
+
+
+class SlowEncoder:
+    """Never finishes."""
+
+    eos = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        time.sleep(10**6)
+        return []

@@ -227,6 +227,29 @@ def test_starting_later_goes_on_where_the_steps_were() -> None:
     assert torch.equal(*(torch.stack([batch.tokens_BT for batch in part]) for part in (whole[4 * 3 :], resumed)))
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_a_run_goes_on_at_another_number_of_ranks_with_the_same_samples(packing: str, tmp_path: Path) -> None:
+    """A blend of a source that is read several times and one that is not: three steps of 8 on one rank, the others on two, then on four."""
+    blend = [(write(tmp_path / "a", LENGTHS), 3.0), (write(tmp_path / "b", [90, 300, 7, 250], 1000), 1.0)]
+
+    def steps(first: int, last: int, dp_size: int, micro_batch_size: int, cache: str) -> list[list[int]]:
+        """What the steps read, in the order of their samples, by a process of its own for each rank that begins at sample 8 * `first`."""
+        counted = 8 // (dp_size * micro_batch_size)
+        ranks = []
+        for rank in range(dp_size):
+            samples = TrainingSamples(blend, 8, 8 * 12, 5, tmp_path / cache, packing=packing)
+            stream = batches(samples, start=8 * first, micro_batch_size=micro_batch_size, num_microbatches=counted, dp_rank=rank, dp_size=dp_size)
+            ranks.append([next(stream).tokens_BT for _ in range((last - first) * counted)])
+        return torch.cat([batch for micro_batch in zip(*ranks, strict=True) for batch in micro_batch]).tolist()
+
+    unbroken = steps(0, 12, 1, 8, "one")
+    oracle = TrainingSamples(blend, 8, 8 * 12, 5, tmp_path / "oracle", packing=packing)
+    assert unbroken == [oracle[index].tolist() for index in range(8 * 12)]  # each once, in order
+    assert Counter(max(row) >= 1000 for row in unbroken) == {False: 72, True: 24}  # 3 to 1
+    assert 72 * 8 // sum(LENGTHS) == 3  # so many epochs of the first, and more
+    assert steps(0, 3, 1, 4, "other") + steps(3, 7, 2, 2, "other") + steps(7, 12, 4, 1, "other") == unbroken
+
+
 @given(count=st.integers(0, 40), micro_batch_size=st.integers(1, 5), dp_size=st.integers(1, 5))
 def test_evaluation_covers_every_window_once_in_equal_steps(count: int, micro_batch_size: int, dp_size: int) -> None:
     samples = Numbers(count)

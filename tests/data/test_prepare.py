@@ -2,18 +2,20 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from minitron.config.schema import Data
+from minitron.data.holdout import draw
+from minitron.data.indexed import write_index
 from minitron.data.manifest import Manifest
 from minitron.data.prepare import prepare
 from minitron.errors import RequestError
@@ -87,6 +89,66 @@ def test_calibration_is_the_training_split_or_its_own(data: Data, folder: Path, 
     assert not (folder / "calibration.bin").exists()  # nothing uses it any more
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("own_valid", [False, True])
+def test_documents_for_calibration_are_nobody_else_s(
+    own_valid: bool, workers: int, data: Data, folder: Path, tokenizer_path: Path, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "valid.txt").write_text("its own")
+    before = prepare(data, tokenizer_path, folder.with_name("before"), seed=1)
+    data = dataclasses.replace(data, calibration_fraction=0.15, workers=workers, valid=f"{tmp_path}/valid.txt" if own_valid else None)
+    manifest = prepare(data, tokenizer_path, folder, seed=1)
+    sides = {split: {*map(tuple, all_stored(manifest, split))} for split in ("train", "valid", "calibration")}
+    assert all(sides.values()) and sum(map(len, sides.values())) == len(set.union(*sides.values())) == len(texts) + own_valid
+    # by the draws of the numbers of the documents, and by nothing else
+    oracle = [tuple(document) for number, document in enumerate(expected(texts)) if draw(1, number) >= 0.85]
+    assert sides["calibration"] == {*oracle} and 5 <= len(oracle) <= 30
+    if not own_valid:
+        assert sides["valid"] == {*map(tuple, all_stored(before, "valid"))}  # which it does not change
+
+
+def test_held_out_of_several_documents_and_of_one(folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Two documents for three sides: each is cut, calibration first, validation last."""
+    for name, letter in (("1", "a"), ("2", "b")):
+        (tmp_path / f"{name}.txt").write_text(letter * 99)
+    (tmp_path / "texts").mkdir()
+    for name in "12":
+        (tmp_path / f"{name}.txt").rename(tmp_path / "texts" / f"{name}.txt")
+    data = Data(train=f"{tmp_path}/texts", valid_fraction=0.3, calibration_fraction=0.2)
+    manifest = prepare(data, tokenizer_path, folder, seed=1)
+    a, b = expected(["a" * 99, "b" * 99])
+    assert all_stored(manifest, "calibration") == [a[:20], b[:20]]
+    assert all_stored(manifest, "train") == [a[20:70], b[20:70]]
+    assert all_stored(manifest, "valid") == [a[70:], b[70:]]
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(RequestError, match=r"^data.train=.*one.txt: is too little text to give something to each of train, valid, calibration$"):
+        prepare(dataclasses.replace(data, train=f"{tmp_path}/one.txt"), tokenizer_path, folder, seed=1)
+    with pytest.raises(RequestError, match=r"^data.calibration_fraction=0.2: null is needed with data.calibration$"):
+        dataclasses.replace(data, calibration="a.txt")
+
+
+def test_index_is_what_megatron_s_builder_writes(tmp_path: Path) -> None:
+    for dtype in (np.uint16, np.int32):
+        builder = IndexedDatasetBuilder(f"{tmp_path}/theirs.bin", dtype)
+        for length in (3, 1, 70000):
+            builder.add_document(np.zeros(length, dtype), [length])
+        builder.finalize(f"{tmp_path}/theirs.idx")
+        write_index(tmp_path / "ours.idx", dtype, np.array([3, 1, 70000], np.int32))
+        assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+
+
+def test_blocks_of_tokens_may_end_anywhere(data: Data, folder: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data is divided in blocks that know nothing of its documents."""
+    whole = prepare(dataclasses.replace(data, valid=data.train), tokenizer_path, folder, seed=1)
+    divided = []
+    for block in (7, 10**6):
+        monkeypatch.setattr("minitron.data.indexed.BLOCK_TOKENS", block)
+        manifest = prepare(Data(train=str(folder / "train"), valid_fraction=0.3), tokenizer_path, folder.with_name(f"b{block}"), seed=1)
+        divided.append((all_stored(manifest, "train"), all_stored(manifest, "valid")))
+    assert divided[0] == divided[1]
+    assert Counter(map(tuple, itertools.chain(*divided[0]))) == Counter(map(tuple, all_stored(whole, "train")))
+
+
 def test_two_workers_give_the_same_bytes_as_one(data: Data, folder: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minitron.data.tokenizing.CHUNK_DOCUMENTS", 5)  # 20 chunks, so that both workers have several
     one = prepare(data, tokenizer_path, folder, seed=1)
@@ -127,7 +189,7 @@ def test_named_texts_are_splits_of_their_own(data: Data, folder: Path, tokenizer
 def test_restart_does_nothing_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
     first = prepare(data, tokenizer_path, folder, seed=1)
     before = snapshot(folder)
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, float | None]] = []
     assert prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call)) == first
     assert snapshot(folder) == before and not calls
 
@@ -165,7 +227,7 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
 ) -> None:
     complete = prepare(data, tokenizer_path, folder, seed=1)
 
-    def killed(name: str, documents: int, tokens: int) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -176,27 +238,15 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
     assert prepare(data, tokenizer_path, folder, seed=1) == complete
 
 
-def test_killed_outright_is_taken_up_again(data: Data, folder: Path, tokenizer_path: Path) -> None:
-    prepare(data, tokenizer_path, folder, seed=1)
-    child = os.fork()
-    if not child:  # the kernel ends it in the middle of other files of the same names
-        prepare(data, tokenizer_path, folder, seed=2, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert list(folder.glob(".*partial")) and "train" not in Manifest.load(folder).splits
-    again = prepare(data, tokenizer_path, folder, seed=2)
-    assert again.parts == prepare(data, tokenizer_path, folder.with_name("fresh"), seed=2).parts
-    assert not list(folder.glob(".*partial"))
-
-
 def test_progress_counts_documents_and_tokens(
     data: Data, folder: Path, tokenizer_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.data.prepare.PROGRESS_DOCUMENTS", 40)
-    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr("minitron.data.tokenizing.CHUNK_DOCUMENTS", 40)
+    calls: list[tuple[str, int, int, float | None]] = []
     prepare(data, tokenizer_path, folder, seed=1, on_progress=lambda *call: calls.append(call))
     sizes = [len(text.encode()) + 1 for text in texts]
-    assert calls == [("train", 40, sum(sizes[:40])), ("train", 80, sum(sizes[:80])), ("train", 97, sum(sizes))]
+    assert [call[:3] for call in calls] == [("train", n, sum(sizes[:n])) for n in (0, 40, 80, 97)]
+    assert calls[0][3] is None and calls[-1][3] == 1.0
 
 
 def test_prepared_data_is_used_in_place_or_held_out_of(data: Data, folder: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from minitron.config.schema import Data
 from minitron.data.manifest import Manifest
 from minitron.data.prepare import prepare
 from minitron.data.sources import check_source
-from minitron.data.tokenizing import Document
 from minitron.errors import RequestError
 from tests.data.test_prepare import stored
 
@@ -93,13 +92,6 @@ def test_prepared_prompts_are_used_in_place_and_held_out_of(data: Data, folder: 
     assert train and valid and train + valid == expected(ROWS)
     np.zeros(made.parts["train"].documents, "<i4").tofile(f"{prefix}.prompts")  # others: the parts made of them are out of date
     assert {prompt for _, prompt in documents(prepare(Data(train=str(prefix), prompt_key="any"), tokenizer_path, other, seed=1), "train")} == {0}
-
-
-def test_a_cut_document_s_prompt_is_cut_with_it() -> None:
-    document = Document(np.arange(10), 4)
-    assert [(part.tokens.tolist(), part.prompt) for part in (document[:3], document[3:], document[:6], document[6:])] == [
-        ([0, 1, 2], 3), ([3, 4, 5, 6, 7, 8, 9], 1), ([0, 1, 2, 3, 4, 5], 4), ([6, 7, 8, 9], 0)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

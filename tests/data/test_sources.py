@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minitron.data.indexed import IndexedDatasetBuilder
-from minitron.data.sources import blend, check_source, documents, locate
+from minitron.data.sources import Place, blend, check_source, locate, records
 from minitron.errors import RequestError
 
 
@@ -55,7 +56,11 @@ FORMATS = {
 
 def read(spec: str | Path, text_key: str = "text") -> list[str]:
     check_source(str(spec), "data.train", text_key)
-    return list(documents(locate(str(spec), "data.train"), text_key))
+    return list(documents(str(spec), text_key))
+
+
+def documents(spec: str, text_key: str = "text", split: str = "train", skip: int = 0) -> Iterator[str]:
+    return (text for _, text in records(locate(spec, "data.train"), Place(skip), text_key, split) if text)
 
 
 def refusal(spec: str | Path, text_key: str = "text") -> str:
@@ -99,9 +104,28 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == ["x"]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("skip", [1, 9, 10, 11, 20, 96, 97, 200])
+def test_records_that_were_read_before_are_passed_over(name: str, skip: int, tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f"1{name}").write_bytes(FORMATS[name](texts))
+    (tmp_path / "folder" / f"2{name}").write_bytes(FORMATS[name](["", *texts]))
+    assert list(documents(str(tmp_path / "folder"), skip=skip)) == [text for text in [*texts, "", *texts][skip:] if text]
+
+
+def test_share_of_the_bytes_that_were_read_grows_to_one(tmp_path: Path, texts: list[str]) -> None:
+    for name in ("a.jsonl.gz", "b.parquet", "c.jsonl"):
+        (tmp_path / name).write_bytes(FORMATS[name.replace("b.p", "a.p").replace("c.", "a.")](texts * 50))
+    place = Place()
+    shares = [place.share for _ in records(locate(str(tmp_path), "data.train"), place)]
+    known = [share for share in shares if share is not None]
+    assert len(known) == len(shares) and known == sorted(known) and known[0] < 0.5 and place.share == 1.0
+    assert len({*known}) > 5
+
+
 def test_jsonl_is_streamed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 5000 + "broken\n")
-    stream = documents(locate(str(tmp_path / "a.jsonl"), "data.train"))
+    stream = documents(str(tmp_path / "a.jsonl"))
     assert next(stream) == "x"  # the broken line is far from being read
     with pytest.raises(RequestError, match="line 5001 is not JSON"):
         list(stream)
@@ -270,8 +294,9 @@ def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    assert list(documents(locate("some-org/some.set:subset", "data.train"), "body", "validation")) == ["one", "two"]
-    assert list(documents(locate("some_set#body", "data.train"))) == ["one", "two"]
+    assert list(documents("some-org/some.set:subset", "body", "validation")) == ["one", "two"]
+    assert list(documents("some_set#body")) == ["one", "two"]
+    assert list(documents("some_set#body", skip=1)) == ["two"] and asked.pop()
     assert asked == [("some-org/some.set", "subset", "validation", True), ("some_set", None, "train", True)]
     assert refusal("some_set") == "data.text_key=text: record 0 of some_set has no such field; it has body"
 

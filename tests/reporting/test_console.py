@@ -115,15 +115,39 @@ def test_a_slow_loop_without_a_terminal_is_not_silent(monkeypatch):
 
 def test_a_counter_speaks_at_once_and_then_now_and_then(monkeypatch):
     clock, to = Clock(monkeypatch), console()
-    count = counter("tokenise", True, console=to)
-    for now, what, documents in ((0, "train", 1), (1, "train", 2), (5, "train", 3), (6, "valid", 1), (7, "train", 4)):
-        clock.now = now
-        count(what, documents, 1000 * documents)
+    with counter("tokenise", True, console=to) as count:
+        for now, what, documents in ((0, "train", 1), (1, "train", 2), (5, "train", 3), (6, "valid", 1), (7, "train", 4)):
+            clock.now = now
+            count(what, documents, 1000 * documents, None)
     assert printed(to).splitlines() == [
-        "tokenise train: 1 document, 1,000 tokens", "tokenise train: 3 documents, 3,000 tokens", "tokenise valid: 1 document, 1,000 tokens",
+        "tokenise train: 1 document, 1,000 tokens", "tokenise train: 3 documents, 3,000 tokens tokens/s 400.0",
+        "tokenise valid: 1 document, 1,000 tokens",
     ]  # fmt: skip
-    counter("tokenise", False, console=to)("train", 1, 1)
+    with counter("tokenise", False, console=to) as count:
+        count("train", 1, 1, None)
     assert len(printed(to).splitlines()) == 3
+
+
+def test_a_counter_that_knows_the_share_tells_what_is_left(monkeypatch):
+    """A restart passed over 40 % in no time; the other 60 % take 0.1 % a second."""
+    clock, to = Clock(monkeypatch), console()
+    with counter("tokenise", True, console=to) as count:
+        for now, share in ((0, None), (6, 0.4), (106, 0.5)):
+            clock.now = now
+            count("train", 7, 1000 + 10 * now, share)
+    assert printed(to).splitlines()[1:] == [
+        "tokenise train: 7 documents, 1,060 tokens, 40% of the text",
+        "tokenise train: 7 documents, 2,060 tokens, 50% of the text tokens/s 10.00 · ETA 0:08:20",
+    ]
+
+
+def test_a_counter_on_a_terminal_is_a_bar_for_each_part():
+    to = console(100, terminal=True)
+    with counter("tokenise", True, console=to) as count:
+        count("train", 7, 1000, 0.25)
+        count("valid", 3, 500, None)
+    shown = printed(to)
+    assert "tokenise train" in shown and "25 %" in shown and "tokenise valid" in shown and "documents 3 · tokens 500" in shown
 
 
 def test_an_outcome_is_a_line_of_its_own_however_long():
