@@ -13,9 +13,9 @@ MISSING: Any = "???"  # Hydra's mark for a setting without a default
 
 
 def setting(default: Any, help: str, *, allowed: tuple[Any, ...] | None = None, least: float | None = None, above: float | None = None,
-            most: float | None = None) -> Any:  # fmt: skip
-    """A dataclass field with its meaning and its checks: one of `allowed`, >= `least`, > `above`, <= `most`."""
-    metadata = {"help": help, "allowed": allowed, "least": least, "above": above, "most": most}
+            most: float | None = None, below: float | None = None) -> Any:  # fmt: skip
+    """A dataclass field with its meaning and its checks: one of `allowed`, >= `least`, > `above`, <= `most`, < `below`."""
+    metadata = {"help": help, "allowed": allowed, "least": least, "above": above, "most": most, "below": below}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -37,6 +37,8 @@ def check(group: Any, prefix: str) -> None:
                 raise refuse(name, value, f"more than {rule['above']} is needed")
             if rule["most"] is not None and one > rule["most"]:
                 raise refuse(name, value, f"at most {rule['most']} is allowed")
+            if rule["below"] is not None and one >= rule["below"]:
+                raise refuse(name, value, f"less than {rule['below']} is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,9 @@ class TeacherParallel:
 @dataclasses.dataclass(frozen=True)
 class TeacherCache:
     folder: str | None = setting(
-        None, "distill from the teacher's predictions that minitron cache left in this folder (null: from the teacher itself; cache: run.dir/cache)"
+        None,
+        "distill from the teacher's predictions that minitron cache left in this folder (null: from the teacher itself; "
+        "for the verb cache: run.dir/cache)",
     )
     top_k: int = setting(64, "most probable tokens of each distribution to keep, and to read: at most as many as were kept", least=1)
     samples_per_file: int = setting(64, "sequences per file", least=1)
@@ -137,6 +141,10 @@ class Data:
         False, "in training, a token sees its own document alone, and the prediction of a document's first token from another's end does not count"
     )
 
+    def __post_init__(self) -> None:
+        if self.prompt_key is not None and self.prompt_key == self.text_key:
+            raise refuse("data.prompt_key", self.prompt_key, "that is data.text_key, the field of the text: another field is needed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Calibrate:
@@ -156,7 +164,7 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         if self.skip_layers is not None and self.criterion != "activation":
-            raise refuse("calibrate.skip_layers", self.skip_layers, f"null is needed with calibrate.criterion={self.criterion}")
+            raise refuse("calibrate.skip_layers", self.skip_layers, f"must be null with calibrate.criterion={self.criterion}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +198,9 @@ class Distill:
         "distillation loss on the logits: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence between the two",
         allowed=("forward_kl", "reverse_kl", "jsd"),
     )
-    beta: float = setting(0.5, "jsd: the teacher's share of the mixture", above=0)
+    beta: float = setting(
+        0.5, "jsd: the teacher's share of the mixture M: beta KL(teacher || M) + (1 - beta) KL(student || M); no other loss has it", above=0, below=1
+    )
     temperature: float = setting(1.0, "temperature of both distributions; the loss is scaled by its square", above=0)
     top_k: int | None = setting(
         None, "compare the teacher's largest tokens, as many as this, and all others together (null: every token by itself)", least=1
@@ -204,10 +214,6 @@ class Distill:
     )
     chunk_tokens: int = setting(256, "size of the memory that the loss works in: two fp32 buffers of the logits of so many tokens", least=1)
     hidden: Hidden = dataclasses.field(default_factory=Hidden)
-
-    def __post_init__(self) -> None:
-        if self.beta >= 1:
-            raise refuse("distill.beta", self.beta, "less than 1 is needed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,6 +88,7 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
         ({"data": {"valid_fraction": 0.9}}, "data.valid_fraction=0.9: at most 0.5 is allowed"),
         ({"calibrate": {"seq_agg": "max"}}, "calibrate.seq_agg=max: one of mean, l2, var is needed"),
         ({"distill": {"loss": "mse"}}, "distill.loss=mse: one of forward_kl, reverse_kl, jsd is needed"),
+        ({"data": {"prompt_key": "text"}}, "data.prompt_key=text: that is data.text_key, the field of the text: another field is needed"),
         ({"distill": {"beta": 1.0}}, "distill.beta=1.0: less than 1 is needed"),
         ({"teacher": {"parallel": {"pp": 0}}}, "teacher.parallel.pp=0: at least 1 is needed"),
         ({"device": "tpu"}, "device=tpu: one of auto, cpu, cuda is needed"),
