@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron.arch.arch import Arch
-from minitron.config.schema import MISSING, Config
+from minitron.config.schema import MISSING, Config, Distill
 from minitron.config.verbs import VERBS
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
 from minitron.data.tokenizing import differing_token, load_tokenizer
-from minitron.distillation.cache import Cache
+from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
@@ -63,18 +64,22 @@ def check(cfg: Config, verb: str) -> None:
     if distils and cfg.distill.loss == "none":
         check_no_teacher(cfg, verb)
     if distils and cfg.teacher.cache.folder is not None and cfg.distill.top_k is not None:
-        raise refuse("distill.top_k", cfg.distill.top_k, "with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed")
+        raise refuse("distill.top_k", cfg.distill.top_k, "must be null with teacher.cache.folder, where teacher.cache.top_k counts in its place")
+    if distils:
+        check_effect(cfg.distill)
     check_lengths(cfg, verb)
     if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
         check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
     if trains and cfg.teacher.cache.folder is not None:
-        Cache.load(Path(cfg.teacher.cache.folder).expanduser())
+        Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(cfg))
     if trains and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
-        raise refuse("distill.hidden.enabled", True, "hidden states can't be compared over layouts: null is needed for teacher.parallel.tp and pp")
+        raise refuse(
+            "distill.hidden.enabled", True, "hidden states can't be compared over layouts: teacher.parallel.tp and teacher.parallel.pp must be null"
+        )
     if trains and cfg.distill.hidden.enabled and cfg.teacher.cache.folder is not None:
-        raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: null is needed for teacher.cache.folder")
+        raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: teacher.cache.folder must be null")
     if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)
     if "data" in groups:
@@ -84,6 +89,17 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+
+
+def check_effect(distill: Distill) -> None:
+    """Refuse settings of the loss that nothing would read."""
+    usual = Distill()
+    if distill.loss != "jsd" and distill.beta != usual.beta:
+        raise refuse("distill.beta", distill.beta, f"distill.loss=jsd alone has it, and this is distill.loss={distill.loss}")
+    for field in dataclasses.fields(distill.hidden) if not distill.hidden.enabled else ():
+        value = getattr(distill.hidden, field.name)
+        if value != getattr(usual.hidden, field.name):
+            raise refuse(f"distill.hidden.{field.name}", value, "distill.hidden.enabled=true is needed with it")
 
 
 def no_compiler(device: str) -> str | None:
@@ -152,7 +168,7 @@ def loads_teacher(cfg: Config, verb: str) -> bool:
 
 def check_no_teacher(cfg: Config, verb: str) -> None:
     """distill.loss=none leaves nothing for a teacher to do; in `compress` evaluate still measures one."""
-    needless = "distill.loss=none has no use for a teacher: null is needed"
+    needless = "must be null with distill.loss=none, which has no use for a teacher"
     if verb == "cache":
         raise refuse("distill.loss", "none", "there is no teacher whose predictions could be kept; minitron distill needs no cache then")
     if cfg.teacher.cache.folder is not None:
@@ -233,5 +249,13 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
     long = [f"{name}={length}" for name, length in lengths.items() if length > arch.max_position_embeddings]
     if long and arch.rope_parameters["rope_type"] != "dynamic":  # the one kind that is made to go beyond
         yield f"{', '.join(long)}: longer than the {arch.max_position_embeddings} positions that the model knows (its max_position_embeddings)"
+    there = Path(cfg.run.dir) / "cache"
+    live = verb in ("distill", "compress") and cfg.teacher.cache.folder is None and not cfg.distill.hidden.enabled
+    if live and loads_teacher(cfg, verb) and (there / MANIFEST).is_file():
+        yield f"{there} holds a cache, which is not read: teacher.cache.folder={there} would read it in the teacher's place"
+
+
+def training_remarks(cfg: Config, verb: str) -> Iterator[str]:
+    """The same of a training, said when nothing is left to refuse it for."""
     if VERBS[verb].trains and cfg.train.warmup_steps >= cfg.train.steps:
         yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,12 +95,19 @@ def trained(folder: Path) -> int:
     return engine.Checkpoints(folder / "checkpoints").latest() or 0
 
 
-def own(folder: Path) -> None:
-    """Make the run's folder, or see that it is one. Raises RequestError where it holds other files."""
-    with os_errors_are_requests("cannot use run.dir", folder):
+def holds_others(folder: Path) -> bool:
+    """Whether a folder holds files and is not a run's."""
+    return not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def own(folder: Path, setting: str = "run.dir", whose: str = "a run's", is_other: Callable[[Path], bool] = holds_others) -> None:
+    """Make the folder that a setting names, or see that it is one of its kind. Raises RequestError where it holds other files."""
+    with os_errors_are_requests(f"cannot use {setting}", folder):
+        if folder.exists() and not folder.is_dir():
+            raise refuse(setting, folder, "a file is there; a folder is needed")
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise refuse("run.dir", folder, "the folder holds files that are not a run's; an empty or new folder is needed")
+        if is_other(folder):
+            raise refuse(setting, folder, f"the folder holds files that are not {whose}; an empty or new folder is needed")
 
 
 @contextlib.contextmanager
@@ -172,8 +179,8 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
     for stage, theirs in bound(folder, record):
         for name in sorted(set(mine) & set(theirs)):
             if name not in made_here and mine[name] != theirs[name]:
-                has = f"run.dir={folder} belongs to a run whose {stage} has {shown(theirs[name])}"
-                raise refuse(name, mine[name], f"{has}; use that, or another run.dir")
+                made = f"run.dir={folder} belongs to a run whose {stage} was made with {name}={shown(theirs[name])}"
+                raise refuse(name, mine[name], f"{made}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)
     if VERBS[verb].trains and (step := trained(folder)):
         before = record.get("train" if verb == "train" else "distill", {"settings": {}})["settings"]

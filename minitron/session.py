@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import minitron
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.checks import check, check_hidden, check_model, check_teacher, check_texts, check_tokenizers, remarks
+from minitron.checks import check, check_hidden, check_model, check_teacher, check_texts, check_tokenizers, remarks, training_remarks
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
-from minitron.distillation.cache import Description
+from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
 from minitron.pruning.target import target_arch
@@ -147,16 +147,8 @@ class Session:
         return Description(
             teacher=self.teacher_source.fingerprint(),
             data=hashlib.sha256(repr(texts).encode()).hexdigest()[:16],
-            seed=cfg.seed,
             vocab_size=self.teacher_source.arch.vocab_size,
-            seq_length=cfg.train.seq_length,
-            samples=cfg.train.steps * cfg.train.global_batch_size,
-            samples_per_file=cfg.teacher.cache.samples_per_file,
-            temperature=cfg.distill.temperature,
-            top_k=cfg.teacher.cache.top_k,
-            dtype=cfg.dtype,
-            packing=cfg.data.packing,
-            separate_documents=cfg.data.separate_documents,
+            **settled(cfg),
         )
 
     def load_source(self) -> engine.Model:
@@ -239,6 +231,8 @@ class Session:
 
         A stage says that it begins when there is nothing left to refuse it for: a command that is refused undoes nothing.
         """
+        for line in training_remarks(self.cfg, verb) if self.world.is_main and not done else ():
+            say_once(line)
 
         def note() -> None:
             record = read_json(self.folder / RECORD)

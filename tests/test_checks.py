@@ -7,7 +7,17 @@ import torch
 import torch._inductor.config
 
 from minitron.arch.families import from_hf
-from minitron.checks import check, check_lengths, check_model, check_teacher, check_teacher_ranks, check_texts, remarks
+from minitron.checks import (
+    check,
+    check_effect,
+    check_lengths,
+    check_model,
+    check_teacher,
+    check_teacher_ranks,
+    check_texts,
+    remarks,
+    training_remarks,
+)
 from minitron.config.build import build
 from minitron.config.schema import Config
 from minitron.data.manifest import Manifest, Part
@@ -97,13 +107,48 @@ def test_texts_with_too_few_tokens_are_refused_by_name(verb, changes, tokens, sa
         ("compress", {"calibrate": {"seq_length": 512}, "eval": {"seq_length": 300, "tokens": 300}},
          ["calibrate.seq_length=512, eval.seq_length=300: longer than the 256 positions that the model knows (its max_position_embeddings)"]),
         ("evaluate", {"train": {"seq_length": 512}, "eval": {"seq_length": 16}}, []),
-        ("compress", {"train": {"warmup_steps": 9}}, []),
-        ("compress", {"train": {"warmup_steps": 10}}, ["train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"]),
-        ("evaluate", {"train": {"warmup_steps": 10}}, []),
     ],
 )  # fmt: skip
 def test_what_may_be_a_slip_is_said(verb, changes, said):
     assert list(remarks(config(changes), verb, ARCH)) == said
+
+
+def test_a_warm_up_that_is_shortened_is_said_of_trainings_alone():
+    said = ["train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"]
+    for verb, steps, expected in (("distill", 10, said), ("distill", 9, []), ("evaluate", 10, []), ("cache", 10, [])):
+        assert list(training_remarks(config({"train": {"warmup_steps": steps}}), verb)) == expected
+
+
+def test_a_cache_that_is_not_read_is_said(tmp_path):
+    there = tmp_path / "cache"
+    there.mkdir()
+    run = {"run": {"dir": str(tmp_path)}}
+    assert list(remarks(config(run), "distill", ARCH)) == []
+    (there / "manifest.json").write_text("{}")
+    said = [f"{there} holds a cache, which is not read: teacher.cache.folder={there} would read it in the teacher's place"]
+    assert list(remarks(config(run), "distill", ARCH)) == said
+    for verb, change in (
+        ("cache", {}),
+        ("distill", {"teacher": {"cache": {"folder": "c"}}}),
+        ("distill", {"distill": {"hidden": {"enabled": True}}}),
+    ):
+        assert list(remarks(config({**run, **change}), verb, ARCH)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta": 0.3}, "distill.beta=0.3: distill.loss=jsd alone has it, and this is distill.loss=forward_kl"),
+        ({"hidden": {"alpha": 2}}, "distill.hidden.alpha=2.0: distill.hidden.enabled=true is needed with it"),
+        ({"hidden": {"layers": [2], "teacher_layers": [2]}}, "distill.hidden.layers=[2]: distill.hidden.enabled=true is needed with it"),
+    ],
+)
+def test_settings_of_the_loss_that_nothing_would_read_are_refused(changes, said):
+    with pytest.raises(RequestError) as refusal:
+        check_effect(config({"distill": changes}).distill)
+    assert str(refusal.value) == said
+    check_effect(config({"distill": {**changes, "loss": "jsd", "hidden": {**changes.get("hidden", {}), "enabled": True}}}).distill)
+    check_effect(config({}).distill)
 
 
 def test_positions_that_the_model_is_made_to_go_beyond():
@@ -164,7 +209,7 @@ def test_the_teachers_layout_is_the_students_unless_it_is_another():
 
 def test_hidden_states_of_a_teacher_at_another_layout_are_refused():
     apart = {"teacher": {"parallel": {"tp": 2}}, "distill": {"hidden": {"enabled": True}}}
-    with pytest.raises(RequestError, match=r"^distill.hidden.enabled=true: hidden states can't be compared over layouts: null is needed for teacher"):
+    with pytest.raises(RequestError, match=r"^distill.hidden.enabled=true: hidden states can't be compared over .* must be null$"):
         check(build(Config, apart), "distill")
 
 
@@ -197,7 +242,6 @@ def test_the_cache_and_its_reader_are_held_to_their_own():
         check_model(config({}), "cache", ARCH)
     check_model(config({"teacher": {"cache": {"top_k": 60}}}), "cache", ARCH)
     check_model(config({}), "distill", ARCH)
-    assert list(remarks(config({"train": {"warmup_steps": 10}}), "cache", ARCH)) == []
 
 
 def test_the_cache_is_made_on_any_number_of_replicas(monkeypatch):
@@ -211,9 +255,9 @@ def test_the_cache_is_made_on_any_number_of_replicas(monkeypatch):
     ("verb", "teacher", "said"),
     [
         ("cache", {}, "distill.loss=none: there is no teacher whose predictions could be kept; minitron distill needs no cache then"),
-        ("distill", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: distill.loss=none has no use for a teacher: null is needed"),
-        ("compress", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: distill.loss=none has no use for a teacher: null is needed"),
-        ("distill", {"path": "x"}, "teacher.path=x: distill.loss=none has no use for a teacher: null is needed"),
+        ("distill", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: must be null with distill.loss=none, which has no use for a teacher"),
+        ("compress", {"cache": {"folder": "x"}}, "teacher.cache.folder=x: must be null with distill.loss=none, which has no use for a teacher"),
+        ("distill", {"path": "x"}, "teacher.path=x: must be null with distill.loss=none, which has no use for a teacher"),
     ],
 )
 def test_a_teacher_that_would_have_nothing_to_do(verb, teacher, said):

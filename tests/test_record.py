@@ -86,10 +86,10 @@ def test_settings_bind_once_something_was_made_with_them(run, state, binding):
 
 def test_what_binds_is_named_as_it_is_written(run):
     folder = run(done=["data", "calibrate", "prune"], cfg=config(target={"num_layers": None, "ffn_hidden_size": [8, 4]}))
-    belongs = re.escape(f"run.dir={folder} belongs to a run whose prune has ")
-    with pytest.raises(RequestError, match=rf"^target.ffn_hidden_size=null: {belongs}\[8, 4\]; use that, or another run.dir$"):
+    belongs = re.escape(f"run.dir={folder} belongs to a run whose prune was made with ")
+    with pytest.raises(RequestError, match=rf"^target.ffn_hidden_size=null: {belongs}target.ffn_hidden_size=\[8, 4\]; use that, or another run.dir$"):
         claim(folder, config(), "compress")
-    with pytest.raises(RequestError, match=rf"^target.merge_heads=true: {belongs}false; use that"):
+    with pytest.raises(RequestError, match=rf"^target.merge_heads=true: {belongs}target.merge_heads=false; use that"):
         claim(folder, config(target={"num_layers": None, "ffn_hidden_size": [8, 4], "merge_heads": True}), "compress")
 
 
@@ -100,7 +100,7 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default_there(run):
         del record["distill"]["settings"][name]
     write_json(folder / RECORD, record)
     claim(folder, config(train={"clip_grad": 0.5}), "distill")
-    with pytest.raises(RequestError, match=r"^distill.cross_entropy=0.5: run.dir=.* belongs to a run whose distill has 0.0; use that"):
+    with pytest.raises(RequestError, match=r"^distill.cross_entropy=0.5: .* whose distill was made with distill.cross_entropy=0.0; use that"):
         claim(folder, config(distill={"cross_entropy": 0.5}), "distill")
 
 
@@ -117,10 +117,10 @@ def test_what_would_be_read_of_a_cache_binds_only_where_one_is_read(run):
     folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
     for verb in ("distill", "compress", "cache"):
         claim(folder, config(**cache(top_k=32)), verb)
-    with pytest.raises(RequestError, match=r"^teacher.cache.folder=c: run.dir=.* belongs to a run whose distill has null; use that"):
+    with pytest.raises(RequestError, match=r"^teacher.cache.folder=c: .* whose distill was made with teacher.cache.folder=null; use that"):
         claim(folder, config(**cache(folder="c", top_k=32)), "distill")
     folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4], cfg=config(**cache(folder="c")))
-    with pytest.raises(RequestError, match=r"^teacher.cache.top_k=32: run.dir=.* belongs to a run whose distill has 64; use that"):
+    with pytest.raises(RequestError, match=r"^teacher.cache.top_k=32: .* whose distill was made with teacher.cache.top_k=64; use that"):
         claim(folder, config(**cache(folder="c", top_k=32)), "distill")
 
 
@@ -238,5 +238,5 @@ def test_the_folder_of_something_else(tmp_path):
 def test_how_training_reads_its_text_binds_training_alone(run):
     packed = config(data={"packing": "documents"})
     claim(run(["data", "calibrate", "prune"]), packed, "distill")
-    with pytest.raises(RequestError, match=r"^data.packing=documents: run.dir=.* belongs to a run whose distill has stream; use that"):
+    with pytest.raises(RequestError, match=r"^data.packing=documents: .* whose distill was made with data.packing=stream; use that"):
         claim(run(["data", "calibrate", "prune"], ["distill"], [4]), packed, "distill")

@@ -13,7 +13,7 @@ from minitron.errors import shown
 
 TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", list: "list of int", dict: "NAME: text"}
 UNBROKEN = "\N{NO-BREAK SPACE}"
-BOUNDS = {"least": ">=", "above": ">", "most": "<="}
+BOUNDS = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
 EXITS = [
     ("0", "done"),
     ("1", "a defect of the program, with a traceback"),

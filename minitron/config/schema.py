@@ -13,9 +13,9 @@ MISSING: Any = "???"  # Hydra's mark for a setting without a default
 
 
 def setting(default: Any, help: str, *, allowed: tuple[Any, ...] | None = None, least: float | None = None, above: float | None = None,
-            most: float | None = None) -> Any:  # fmt: skip
-    """A dataclass field with its meaning and its checks: one of `allowed`, >= `least`, > `above`, <= `most`."""
-    metadata = {"help": help, "allowed": allowed, "least": least, "above": above, "most": most}
+            most: float | None = None, below: float | None = None) -> Any:  # fmt: skip
+    """A dataclass field with its meaning and its checks: one of `allowed`, >= `least`, > `above`, <= `most`, < `below`."""
+    metadata = {"help": help, "allowed": allowed, "least": least, "above": above, "most": most, "below": below}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -37,6 +37,8 @@ def check(group: Any, prefix: str) -> None:
                 raise refuse(name, value, f"more than {rule['above']} is needed")
             if rule["most"] is not None and one > rule["most"]:
                 raise refuse(name, value, f"at most {rule['most']} is allowed")
+            if rule["below"] is not None and one >= rule["below"]:
+                raise refuse(name, value, f"less than {rule['below']} is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,9 @@ class TeacherParallel:
 @dataclasses.dataclass(frozen=True)
 class TeacherCache:
     folder: str | None = setting(
-        None, "distill from the teacher's predictions that minitron cache left in this folder (null: from the teacher itself; cache: run.dir/cache)"
+        None,
+        "distill from the teacher's predictions that minitron cache left in this folder (null: from the teacher itself; "
+        "for the verb cache: run.dir/cache)",
     )
     top_k: int = setting(64, "most probable tokens of each distribution to keep, and to read: at most as many as were kept", least=1)
     samples_per_file: int = setting(64, "sequences per file", least=1)
@@ -149,7 +153,9 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.calibration is not None and self.calibration_fraction is not None:
-            raise refuse("data.calibration_fraction", self.calibration_fraction, "null is needed with data.calibration")
+            raise refuse("data.calibration_fraction", self.calibration_fraction, "must be null with data.calibration")
+        if self.prompt_key is not None and self.prompt_key == self.text_key:
+            raise refuse("data.prompt_key", self.prompt_key, "that is data.text_key, the field of the text: another field is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +176,7 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         if self.skip_layers is not None and self.criterion != "activation":
-            raise refuse("calibrate.skip_layers", self.skip_layers, f"null is needed with calibrate.criterion={self.criterion}")
+            raise refuse("calibrate.skip_layers", self.skip_layers, f"must be null with calibrate.criterion={self.criterion}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +211,9 @@ class Distill:
         "none: no teacher, distill.cross_entropy alone",
         allowed=("forward_kl", "reverse_kl", "jsd", "none"),
     )
-    beta: float = setting(0.5, "jsd: the teacher's share of the mixture", above=0)
+    beta: float = setting(
+        0.5, "jsd: the teacher's share of the mixture M: beta KL(teacher || M) + (1 - beta) KL(student || M); no other loss has it", above=0, below=1
+    )
     temperature: float = setting(1.0, "temperature of both distributions; the loss is scaled by its square", above=0)
     top_k: int | None = setting(
         None, "compare the teacher's largest tokens, as many as this, and all others together (null: every token by itself)", least=1
@@ -221,18 +229,16 @@ class Distill:
     hidden: Hidden = dataclasses.field(default_factory=Hidden)
 
     def __post_init__(self) -> None:
-        if self.beta >= 1:
-            raise refuse("distill.beta", self.beta, "less than 1 is needed")
         if self.loss == "none":
-            alone = "distill.loss=none has no teacher to compare with: "
+            alone = "with distill.loss=none, which has no teacher to compare with"
             if self.cross_entropy == 0:
                 raise refuse("distill.cross_entropy", self.cross_entropy, "nothing is left to train on with distill.loss=none: more than 0 is needed")
             if self.top_k is not None:
-                raise refuse("distill.top_k", self.top_k, alone + "null is needed")
+                raise refuse("distill.top_k", self.top_k, f"must be null {alone}")
             if self.temperature != 1.0:
-                raise refuse("distill.temperature", self.temperature, alone + "1.0 is needed")
+                raise refuse("distill.temperature", self.temperature, f"must be 1.0 {alone}")
             if self.hidden.enabled:
-                raise refuse("distill.hidden.enabled", True, alone + "false is needed")
+                raise refuse("distill.hidden.enabled", True, f"must be false {alone}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,17 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from minitron import engine
+from minitron.config.schema import Config
 from minitron.data.lengths import rows_of
 from minitron.distillation.signal import TopSignal
 from minitron.distillation.step import local_tokens
@@ -81,21 +84,44 @@ class Description:
         return f"samples_{sample // self.samples_per_file * self.samples_per_file:010d}.npz"
 
 
-# what a run and the cache that it reads must have in common, and what a refusal calls it
-SAME = {
+# what a refusal calls each part of a description
+CALLED = {
     "format": "format of the cache", "teacher": "teacher (teacher.path, or else model.path)", "data": "text (data.train)", "seed": "seed",
-    "vocab_size": "vocabulary", "seq_length": "train.seq_length", "temperature": "distill.temperature",
-    "packing": "data.packing", "separate_documents": "data.separate_documents",
+    "vocab_size": "vocabulary", "seq_length": "train.seq_length", "temperature": "distill.temperature", "top_k": "teacher.cache.top_k",
+    "packing": "data.packing", "separate_documents": "data.separate_documents", "dtype": "dtype",
+    "samples": "train.steps x train.global_batch_size", "samples_per_file": "teacher.cache.samples_per_file",
 }  # fmt: skip
+# what a run and the cache that it reads must have in common
+SAME = ("format", "teacher", "data", "seed", "vocab_size", "seq_length", "temperature", "packing", "separate_documents")
+
+
+def settled(cfg: Config) -> dict[str, Any]:
+    """What the settings alone tell of a run's Description: all but the models and the text."""
+    return {
+        "seed": cfg.seed, "seq_length": cfg.train.seq_length, "samples": cfg.train.steps * cfg.train.global_batch_size,
+        "samples_per_file": cfg.teacher.cache.samples_per_file, "temperature": cfg.distill.temperature, "top_k": cfg.teacher.cache.top_k,
+        "dtype": cfg.dtype, "packing": cfg.data.packing, "separate_documents": cfg.data.separate_documents,
+    }  # fmt: skip
+
+
+def names(cfg: Config) -> dict[str, str]:
+    """What the teacher and the text are called, for messages: a Description has but hashes of them."""
+    return {"teacher": cfg.teacher.path or cfg.model.path, "data": cfg.data.train}
+
+
+def holds_others(folder: Path) -> bool:
+    """Whether files lie in a folder that no cache has."""
+    return any(path.name != MANIFEST and not fnmatch(path.name, "samples_*.npz") for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A finished cache: what it holds, and size and hash of each of its files."""
+    """A finished cache: what it holds, size and hash of each of its files, and what its teacher and its text were called."""
 
     folder: Path
     description: Description
     files: dict[str, dict[str, Any]]
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -107,23 +133,29 @@ class Cache:
         """Read a folder's manifest. Raises RequestError where there is none, or a broken one."""
         if not (folder / MANIFEST).is_file():
             raise refuse("teacher.cache.folder", folder, "no finished cache is there; minitron cache makes one, and finishes one that it began")
-        content = read_json(folder / MANIFEST)
         try:
-            return cls(folder, Description(**content["cache"]), dict(content["files"]))
-        except (TypeError, KeyError, ValueError) as error:
-            raise refuse("teacher.cache.folder", folder, f"its {MANIFEST} is not one that this version reads") from error
+            content = read_json(folder / MANIFEST)
+            return cls(folder, Description(**content["cache"]), dict(content["files"]), dict(content.get("names", {})))
+        except (TypeError, KeyError, ValueError, AttributeError, RequestError) as error:
+            remedy = "another folder is needed" if holds_others(folder) else "remove the folder, and minitron cache makes it again"
+            raise refuse("teacher.cache.folder", folder, f"its {MANIFEST} is damaged, or not that of a cache of this version: {remedy}") from error
 
-    def check(self, wanted: Description) -> None:
-        """Refuse a cache that is not what this run needs, by what its manifest says."""
-        for name, what in SAME.items():
-            theirs, mine = getattr(self.description, name), getattr(wanted, name)
+    def check(self, wanted: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Refuse a cache that is not what this run needs, by what its manifest says. `wanted`: a Description's parts, as far as they are known.
+
+        `names`: what the run calls its teacher and its text, where it says so.
+        """
+        for name in SAME:
+            theirs, mine = getattr(self.description, name), wanted.get(name, getattr(self.description, name))
             if theirs != mine:
-                raise refuse("teacher.cache.folder", self.folder, f"made with another {what}: {shown(theirs)}, and this run's is {shown(mine)}")
-        if wanted.top_k > self.description.top_k:
+                there, here = self.names.get(name, shown(theirs)), names.get(name, shown(mine))
+                which = f"{there}, and this run's is {here}" if there != here else f"{there} had another content then"
+                raise refuse("teacher.cache.folder", self.folder, f"made with another {CALLED[name]}: {which}")
+        if wanted["top_k"] > self.description.top_k:
             held = f"the cache in {self.folder} holds {self.description.top_k}: no more can be read"
-            raise refuse("teacher.cache.top_k", wanted.top_k, held)
-        if wanted.samples > self.description.samples:
-            needed = f"train.steps x train.global_batch_size = {wanted.samples} are needed"
+            raise refuse("teacher.cache.top_k", wanted["top_k"], held)
+        if wanted["samples"] > self.description.samples:
+            needed = f"{CALLED['samples']} = {wanted['samples']} are needed"
             raise refuse("teacher.cache.folder", self.folder, f"it holds {self.description.samples} samples, and {needed}")
 
     def fault(self, first: int) -> str | None:
@@ -166,10 +198,10 @@ class Cache:
         engine.refuse_together(failure and str(refuse("teacher.cache.folder", self.folder, failure)), world)
 
 
-def missing(folder: Path, wanted: Description) -> list[int]:
+def missing(folder: Path, wanted: Description, names: Mapping[str, str] = MappingProxyType({})) -> list[int]:
     """The first samples of the files that are still to be made: absent, of another cache that was not finished, or damaged since.
 
-    Raises RequestError where a finished cache of something else lies.
+    Raises RequestError, which calls teacher and text by their `names`, where a finished cache of something else lies.
     """
     if not (folder / MANIFEST).is_file():
         return [first for first in wanted.firsts() if not _is_mine(folder / wanted.file(first), wanted)]
@@ -177,9 +209,9 @@ def missing(folder: Path, wanted: Description) -> list[int]:
     for field in dataclasses.fields(Description):
         theirs, mine = getattr(there.description, field.name), getattr(wanted, field.name)
         if theirs != mine:
-            raise refuse(
-                "teacher.cache.folder", folder, f"holds a cache whose {field.name} is {shown(theirs)}, not {shown(mine)}: another folder is needed"
-            )
+            said, asked = there.names.get(field.name, shown(theirs)), names.get(field.name, shown(mine))
+            which = f"is {said}, not {asked}" if said != asked else f"{said} had another content then"
+            raise refuse("teacher.cache.folder", folder, f"holds a cache whose {CALLED[field.name]} {which}: another folder is needed")
     return [first for first in wanted.firsts() if there.fault(first) is not None]
 
 
@@ -191,13 +223,13 @@ def _is_mine(path: Path, wanted: Description) -> bool:
         return False
 
 
-def finish(folder: Path, description: Description) -> Cache:
-    """Write the manifest of a folder whose files are all there."""
+def finish(folder: Path, description: Description, names: Mapping[str, str] = MappingProxyType({})) -> Cache:
+    """Write the manifest of a folder whose files are all there. `names` are for messages alone."""
     paths = [folder / description.file(first) for first in description.firsts()]
     with os_errors_are_requests("cannot read the cache in", folder):  # files of other nodes too: the folder must be one that all see
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-    write_json(folder / MANIFEST, {"cache": dataclasses.asdict(description), "files": files})
-    return Cache(folder, description, files)
+    write_json(folder / MANIFEST, {"cache": dataclasses.asdict(description), "names": dict(names), "files": files})
+    return Cache(folder, description, files, dict(names))
 
 
 def write(folder: Path, description: Description, first: int, tokens: Iterable[Tensor], signals: Iterable[TopSignal]) -> None:

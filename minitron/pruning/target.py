@@ -19,7 +19,7 @@ def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool =
     Raises RequestError, naming the setting as it was given, for a size larger than the model's, not divisible, or an axis this model lacks.
     """
     if target.num_moe_experts is not None:
-        raise refuse("target.num_moe_experts", target.num_moe_experts, "this model has no experts; null is needed")
+        raise refuse("target.num_moe_experts", target.num_moe_experts, "must be null: this model has no experts")
     check_layout(arch, parallel, "the model's")
     whole = {name: _size(name, target, getattr(target, name), getattr(arch, name)) for name in ("num_layers", "hidden_size")}
     check_stages(whole["num_layers"], parallel, "the target's")

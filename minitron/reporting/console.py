@@ -128,7 +128,7 @@ def _count_lines(description: str, every: float, console: Console) -> Count:
         if now - said.get(what, -every) >= every:
             said[what] = now
             line = f"{description} {what}: {counted(documents, 'document')}, {counted(tokens, 'token')}"
-            fields = {"tokens/s": pace.speed(now, tokens), "ETA": _clock(left) if (left := pace.left(now, share)) is not None else None}
+            fields = {"tokens/s": pace.speed(now, tokens), "ETA": clock(left) if (left := pace.left(now, share)) is not None else None}
             if share is not None:
                 line += f", {share:.0%} of the text"
             told = field_text({name: value for name, value in fields.items() if value is not None})
@@ -179,7 +179,7 @@ class _CountBar(Progress):
             self.bars[what] = self.add_task(escape(f"{description} {what}"), total=None, numbers="")
         pace = _pace(self.paces, what, _Pace(now, tokens, share))
         left = pace.left(now, share)
-        fields = {"documents": documents, "tokens": tokens, "tokens/s": pace.speed(now, tokens), "ETA": None if left is None else _clock(left)}
+        fields = {"documents": documents, "tokens": tokens, "tokens/s": pace.speed(now, tokens), "ETA": None if left is None else clock(left)}
         numbers = field_text({name: value for name, value in fields.items() if value is not None}, self.console.width - 2)
         self.update(self.bars[what], total=None if share is None else 1.0, completed=share or 0.0, numbers=numbers)
 

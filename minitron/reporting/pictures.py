@@ -28,6 +28,7 @@ Units = npt.NDArray[np.int64]
 MUTED, KEPT, KEPT_SOFT, CUT, CUT_SOFT = (LIGHT[role] for role in ("muted", "kept", "keptsoft", "cut", "cutsoft"))
 FFN_BINS = 64  # columns of the ffn heat map; the neurons of one are averaged
 CURVE_POINTS = 800  # points of a drawn curve: more could not be told apart
+SMOOTHED = 40  # points from which on a curve is smoothed, see `smooth`
 DOTS_SHOWN = 60  # dots of a drawn curve
 SMALL = 9.5  # points
 NAME_LETTERS = 28  # a longer name of a text is cut short in a picture; the tables have it whole
@@ -307,7 +308,7 @@ def thin(x: Floats, y: Floats, points: int = CURVE_POINTS) -> tuple[Floats, Floa
 
 def smooth(y: Floats) -> Floats:
     """Centred moving average over a twentieth of the curve, narrower towards the ends."""
-    half = len(y) // 40
+    half = len(y) // SMOOTHED
     total = np.concatenate([[0.0], np.cumsum(y)])
     reach = np.minimum(half, np.minimum(np.arange(len(y)), np.arange(len(y))[::-1]))
     at = np.arange(len(y))
@@ -323,25 +324,43 @@ def tokens_axis(axes: Axes, last: float) -> None:
     axes.set_xlim(0, last * 1.02 or 1)
 
 
-def train_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """The loss that training minimises over tokens, with the learning rate below; None if no loss was logged."""
-    distilled = len(series(metrics, "kd_loss")[0]) > 0
-    name, title = ("kd_loss", "Distillation loss") if distilled else ("loss", "Training loss")
-    tokens, loss = series(metrics, name)
+# what of the total is drawn beside it where there is more than one part, and how: the parts count in nats, the hidden states' loss does not
+NATS_PARTS = {"kd_loss": "-", "ce_loss": (0, (4, 2))}
+
+
+def train_curve(metrics: Sequence[Mapping[str, Any]], name: str = "loss", told: str = "") -> Picture | None:
+    """The loss that training minimises over tokens, its parts where it has several, the learning rate below; None if no loss was logged.
+
+    `name` is what the loss is called at its axis, `told` what the caption says of it.
+    """
+    tokens, loss = series(metrics, "loss")
     if not len(tokens):
         return None
-    valid, rate = series(metrics, f"valid_{name}"), series(metrics, "lr")
+    distilled, hidden = len(series(metrics, "kd_loss")[0]) > 0, series(metrics, "hidden_loss")
+    parts = {part: found for part in NATS_PARTS if len((found := series(metrics, part))[0]) and not np.array_equal(found[1], loss)}
+    valid, rate = series(metrics, "valid_loss"), series(metrics, "lr")
     drawn = thin(tokens, loss)
+    smoothed = smooth(drawn[1])
+    is_smoother = len(smoothed) >= SMOOTHED
 
     def paint(figure: Figure) -> None:
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        top, *middle, bottom = figure.subplots(2 + bool(len(hidden[0])), 1, sharex=True, height_ratios=(4, 1.5, 1) if len(hidden[0]) else (4, 1))
         top.grid(axis="y")
-        top.plot(*drawn, color=KEPT_SOFT, linewidth=1, label="training")
-        top.plot(drawn[0], smooth(drawn[1]), color=KEPT, linewidth=1.8, label="training, smoothed")
-        if len(valid[0]):
+        top.plot(*drawn, color=KEPT_SOFT if is_smoother else KEPT, linewidth=1 if is_smoother else 1.8, label="loss" if parts else "training")
+        if is_smoother:
+            top.plot(drawn[0], smoothed, color=KEPT, linewidth=1.8, label="smoothed")
+        for part, (at, values) in parts.items():
+            at, values = thin(at, values)
+            top.plot(at, smooth(values), color=MUTED, linewidth=1.3, linestyle=NATS_PARTS[part], label=part)
+        if len(valid[0]) and not distilled:  # of a distillation it is another quantity, with a picture of its own
             top.plot(*thin(*valid, DOTS_SHOWN), "o", color=LIGHT["ink"], markersize=3, label="validation")
-        top.set_ylabel("KL divergence (nats)" if distilled else "loss (nats)")
-        top.legend(loc="upper right")
+        top.set_ylabel("loss" if len(hidden[0]) else "loss (nats)" if parts else f"{name} (nats)")
+        if len(top.lines) > 1:  # above the axes, where no curve is
+            top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(top.lines), borderaxespad=0, handlelength=1.4, columnspacing=1.1)
+        for axes in middle:
+            axes.grid(axis="y")
+            axes.plot(*thin(*hidden), color=MUTED, linewidth=1.3)
+            axes.set_ylabel("hidden")
         bottom.plot(*thin(*rate), color=MUTED, linewidth=1.2)
         bottom.set_ylabel("lr")
         peak = rate[1].max(initial=0.0)
@@ -349,12 +368,11 @@ def train_curve(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
         tokens_axis(bottom, tokens[-1])
         figure.align_ylabels()
 
-    caption = (
-        f"From {decimal(loss[0], 3)} to {decimal(float(smooth(drawn[1])[-1]), 3)} over {size(tokens[-1])} tokens and {metrics[-1]['step']:,} steps."
-    )
+    caption = f"From {decimal(loss[0], 3)} to {decimal(float(smoothed[-1]), 3)} over {size(tokens[-1])} tokens and {metrics[-1]['step']:,} steps."
     if skipped := metrics[-1].get("skipped_steps", sum(int(bool(line.get("skipped"))) for line in metrics)):
         caption += f" Skipped steps: {skipped}."
-    return Picture(title, caption, draw("training", 270, paint))
+    title, height = "Distillation loss" if distilled else "Training loss", 330 if len(hidden[0]) else 270
+    return Picture(title, f"{caption} {told}".strip(), draw("training", height, paint))
 
 
 def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Picture | None:

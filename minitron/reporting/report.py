@@ -147,9 +147,40 @@ def training(run: RunFiles) -> str:
     """How the losses went."""
     if not run.metrics:
         return page.section("training", "Training", page.absent("metrics.jsonl", "train" if run.whole else "distill"))
-    drawn = (pictures.train_curve(run.metrics), pictures.validation_curve(run.metrics, run.evals or {}))
+    drawn = (pictures.train_curve(run.metrics, *loss_told(run)), pictures.validation_curve(run.metrics, run.evals or {}))
     cards = page.grid(*(page.card(picture) for picture in drawn if picture is not None))
     return page.section("training", "Training", page.remark(speed(run.metrics)), cards)
+
+
+# distill.loss -> what the loss is called
+LOSSES = {"forward_kl": "KL(teacher ‖ student)", "reverse_kl": "KL(student ‖ teacher)", "jsd": "Jensen-Shannon divergence"}
+
+
+def loss_told(run: RunFiles) -> tuple[str, str]:
+    """What the loss on the logits is called, and what else the settings say of what was minimised. Without settings, just a loss."""
+    logged = {name for line in run.metrics for name, value in line.items() if value is not None}
+    name = LOSSES.get(run.setting("distill.loss") or "", "loss")
+    if "kd_loss" not in logged:
+        return ("next-token cross-entropy" if "ce_loss" in logged else "loss"), ""
+    if name == "loss":
+        return name, ""
+    temperature, cached = run.setting("distill.temperature") or 1, run.setting("teacher.cache.folder") is not None
+    top_k = run.setting("teacher.cache.top_k" if cached else "distill.top_k")
+    scaled = {
+        f"beta {run.setting('distill.beta')}": name == LOSSES["jsd"],
+        f"temperature {temperature:g}, scaled by its square": temperature != 1,
+        f"the teacher's {top_k} largest tokens and all others together": top_k is not None,
+        "a cached teacher": cached,
+    }
+    said = "; ".join([name, *(text for text, applies in scaled.items() if applies)]) + "."
+    weight = run.setting("distill.cross_entropy") or 0
+    terms = ["kd_loss", *([f"{weight:g} × ce_loss"] if weight else [])]
+    if "hidden_loss" in logged:
+        alpha = run.setting("distill.hidden.alpha")
+        terms.append(f"{'alpha' if alpha in (None, 'dynamic') else f'{alpha:g}'} × hidden_loss")
+        if alpha in (None, "dynamic"):
+            said = f"{said[:-1]}. Alpha is dynamic: 0 in the first step, then what made hidden_loss as large as kd_loss in the step before."
+    return name, said if len(terms) == 1 else f"loss = {' + '.join(terms)}; kd_loss: {said}"
 
 
 def evaluation(run: RunFiles) -> str:

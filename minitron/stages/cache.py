@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from minitron import engine
-from minitron.config.schema import Config
+from minitron.config.schema import Config, TeacherCache
 from minitron.distillation import cache
 from minitron.distillation.fused import Scratch
 from minitron.distillation.signal import Head, TopSignal
 from minitron.distillation.topk import top_signal
 from minitron.errors import RequestError
-from minitron.record import locked
+from minitron.record import locked, own
 from minitron.reporting.console import progress, say
 from minitron.reporting.wording import counted, decimal, size
 from minitron.session import Session, session
@@ -28,26 +29,42 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes teacher.cache.folder, by default run.dir/cache; files that are there are not made again."""
-    opened.data  # noqa: B018 -- before the model: a text that is too short is refused first
     with contextlib.ExitStack() as held:  # the folder may be another run's, too
-        engine.main_only(opened.world, lambda: held.enter_context(locked(opened.cache_folder, "teacher.cache.folder")))
+
+        def take() -> None:
+            own(opened.cache_folder, "teacher.cache.folder", "a cache's", cache.holds_others)
+            held.enter_context(locked(opened.cache_folder, "teacher.cache.folder"))
+
+        engine.main_only(opened.world, take)
+        opened.data  # noqa: B018 -- before the model: a text that is too short is refused first
         fill(opened.cache_folder, opened.cache_description(), opened)
 
 
 def fill(folder: Path, description: cache.Description, opened: Session) -> None:
     """Make what the folder lacks."""
-    cfg, world = opened.cfg, opened.world
-    todo = engine.on_main(world, lambda: cache.missing(folder, description))
+    cfg, world, names = opened.cfg, opened.world, cache.names(opened.cfg)
+    description = engine.on_main(world, lambda: as_begun(folder, description))
+    todo = engine.on_main(world, lambda: cache.missing(folder, description, names))
     files = len(description.firsts())
     if world.is_main and len(todo) < files:
-        say(f"{files - len(todo):,} of {counted(files, 'file')} were made before" + ("" if todo else ": nothing is left to do"))
+        done = f"{files - len(todo):,} of {counted(files, 'file')} {'was' if files == 1 else 'were'} made before"
+        say(done + ("" if todo else ": nothing is left to do"))
     if todo:
         make(todo, description, folder, opened)
-    made = engine.on_main(world, lambda: cache.finish(folder, description) if todo else cache.Cache.load(folder))
+    made = engine.on_main(world, lambda: cache.finish(folder, description, names) if todo else cache.Cache.load(folder))
     if world.is_main:
         tokens = description.samples * description.seq_length
         per_token = f"{size(made.bytes)}B, {decimal(made.bytes / tokens, 1)} bytes per token"
         say(f"{folder}: the {cfg.teacher.cache.top_k} most probable tokens at each of {size(tokens)} tokens, {per_token}")
+        top_k = "" if description.top_k == TeacherCache().top_k else f" teacher.cache.top_k={description.top_k}"
+        say(f"minitron distill reads it with teacher.cache.folder={folder}{top_k}")
+
+
+def as_begun(folder: Path, description: cache.Description) -> cache.Description:
+    """A cache that was finished before is mended with as many samples per file as it has: they decide nothing of what it holds."""
+    if not (folder / cache.MANIFEST).is_file():
+        return description
+    return dataclasses.replace(description, samples_per_file=cache.Cache.load(folder).description.samples_per_file)
 
 
 def make(todo: list[int], description: cache.Description, folder: Path, opened: Session) -> None:

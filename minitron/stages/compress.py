@@ -29,6 +29,8 @@ def run(cfg: Config) -> None:
                 if verb != "data":
                     opened.data  # noqa: B018 -- texts that are too short for a later stage are refused before any work
                 work(opened)
+            if verb == "data" and opened.cfg.teacher.cache.folder is not None and not opened.is_done("distill"):
+                distill.fitting_cache(opened)  # a cache of another text is refused before any work
         engine.on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
 
 

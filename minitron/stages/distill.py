@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from minitron import engine
 from minitron.config.schema import Config
-from minitron.distillation.cache import Cache, CachedTeacher
+from minitron.distillation.cache import Cache, CachedTeacher, names
 from minitron.distillation.hidden import HiddenLoss
 from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher, NoTeacher, Teacher
 from minitron.distillation.step import distillation_loss
@@ -55,18 +57,22 @@ def teacher_of(opened: Session, watch: engine.Watch | None) -> Teacher:
 
 def cached_teacher(opened: Session) -> CachedTeacher:
     """A cache in the teacher's place: all of it is read once and held against this run. Raises RequestError where it does not fit."""
-    cfg, world, wanted = opened.cfg, opened.world, opened.cache_description()
-
-    def look() -> Cache:
-        cache = Cache.load(opened.cache_folder)
-        cache.check(wanted)
-        return cache
-
-    cache = engine.on_main(world, look)
-    with progress("check the cache", len(cache.needed(wanted.samples)), cfg.logging.progress and world.is_main) as advance:
+    cfg, world, cache = opened.cfg, opened.world, fitting_cache(opened)
+    with progress("check the cache", len(cache.needed(len(opened.training_samples))), cfg.logging.progress and world.is_main) as advance:
         cache.verify(opened.training_samples, world, advance)
     if world.is_main:
         held = cache.description.top_k
         kept = f"{cfg.teacher.cache.top_k} of the {held}" if cfg.teacher.cache.top_k < held else f"the {held}"
         say(f"no teacher is loaded: {kept} most probable tokens are read from {cache.folder}")
     return CachedTeacher(cache, cfg.teacher.cache.top_k, world)
+
+
+def fitting_cache(opened: Session) -> Cache:
+    """The cache that the run reads, held against teacher, text and settings by its manifest."""
+
+    def look() -> Cache:
+        cache = Cache.load(opened.cache_folder)
+        cache.check(dataclasses.asdict(opened.cache_description()), names(opened.cfg))
+        return cache
+
+    return engine.on_main(opened.world, look)

@@ -90,15 +90,15 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
         ({"distill": {"loss": "none"}}, "distill.cross_entropy=0.0: nothing is left to train on with distill.loss=none: more than 0 is needed"),
         (
             {"distill": {"loss": "none", "cross_entropy": 1, "top_k": 5}},
-            "distill.top_k=5: distill.loss=none has no teacher to compare with: null is needed",
+            "distill.top_k=5: must be null with distill.loss=none, which has no teacher to compare with",
         ),
         (
             {"distill": {"loss": "none", "cross_entropy": 1, "temperature": 2.0}},
-            "distill.temperature=2.0: distill.loss=none has no teacher to compare with: 1.0 is needed",
+            "distill.temperature=2.0: must be 1.0 with distill.loss=none, which has no teacher to compare with",
         ),
         (
             {"distill": {"loss": "none", "cross_entropy": 1, "hidden": {"enabled": True}}},
-            "distill.hidden.enabled=true: distill.loss=none has no teacher to compare with: false is needed",
+            "distill.hidden.enabled=true: must be false with distill.loss=none, which has no teacher to compare with",
         ),
         ({"train": {"overlap_param_gather": True}}, "train.overlap_param_gather=true: train.overlap_grad_reduce=true is needed with it"),
         (
@@ -106,6 +106,7 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
             "train.decay_steps=null: 1 to 960 steps, what the warm-up leaves of train.steps=1000, are needed with train.schedule=wsd",
         ),
         ({"distill": {"loss": "mse"}}, "distill.loss=mse: one of forward_kl, reverse_kl, jsd, none is needed"),
+        ({"data": {"prompt_key": "text"}}, "data.prompt_key=text: that is data.text_key, the field of the text: another field is needed"),
         ({"distill": {"beta": 1.0}}, "distill.beta=1.0: less than 1 is needed"),
         ({"teacher": {"parallel": {"pp": 0}}}, "teacher.parallel.pp=0: at least 1 is needed"),
         ({"device": "tpu"}, "device=tpu: one of auto, cpu, cuda is needed"),

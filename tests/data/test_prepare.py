@@ -123,7 +123,7 @@ def test_held_out_of_several_documents_and_of_one(folder: Path, tokenizer_path: 
     (tmp_path / "one.txt").write_text("x")
     with pytest.raises(RequestError, match=r"^data.train=.*one.txt: is too little text to give something to each of train, valid, calibration$"):
         prepare(dataclasses.replace(data, train=f"{tmp_path}/one.txt"), tokenizer_path, folder, seed=1)
-    with pytest.raises(RequestError, match=r"^data.calibration_fraction=0.2: null is needed with data.calibration$"):
+    with pytest.raises(RequestError, match=r"^data.calibration_fraction=0.2: must be null with data.calibration$"):
         dataclasses.replace(data, calibration="a.txt")
 
 

@@ -29,7 +29,7 @@ ARCH = from_hf(
         ({"num_attention_heads": 12, "num_query_groups": 2}, "target.num_attention_heads=12: a KV group has 3 heads: at most 6"),
         ({"num_attention_heads": 0.6}, "^target.num_attention_heads=0.6: comes to 7: every KV group keeps the same number of heads: a multiple of 4"),
         ({"num_attention_heads": 0.5, "num_query_groups": 0.25}, "^target.num_attention_heads=0.5: comes to 6: a KV group has 3 heads: at most 3$"),
-        ({"num_moe_experts": 4}, "target.num_moe_experts=4: this model has no experts; null is needed"),
+        ({"num_moe_experts": 4}, "target.num_moe_experts=4: must be null: this model has no experts"),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ train:
   seq_length: 1024
   lr: 0.0004
 """
+KD = "distill:\n  loss: forward_kl\n  temperature: 1.0\n  top_k: null\n  cross_entropy: 0.0\n"
 
 
 def largest(scores, count):
@@ -67,8 +68,20 @@ def write_metrics(folder: Path, steps: int = 1200) -> None:
             if step == 600:
                 line |= {"loss": None, "kd_loss": None, "skipped": True}
             if step % 100 == 0:
-                line |= {"valid_loss": 2.95 + 0.9 * np.exp(-step / 220), "valid_kd_loss": 0.29 + 0.9 * np.exp(-step / 220)}
+                line["valid_loss"] = 2.95 + 0.9 * np.exp(-step / 220)
             file.write(json.dumps(line) + "\n")
+
+
+def write_parts(folder: Path, steps: int) -> None:
+    """metrics.jsonl and config.yaml of a distillation with every part of the loss, whose total falls while its kd_loss rises."""
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for step in range(1, steps + 1):
+            parts = {"kd_loss": 0.5 + 0.3 * step / steps, "ce_loss": 3 + 2 * np.exp(-4 * step / steps), "hidden_loss": 0.2 * np.exp(-step / steps)}
+            total = parts["kd_loss"] + 0.5 * parts["ce_loss"] + 2 * parts["hidden_loss"]
+            line = {"step": step, "loss": total, **parts, "alpha": 2.0, "lr": 4e-4 * (1 - step / (steps + 1)), "tokens": step * 8192}
+            file.write(json.dumps(line | ({"valid_loss": parts["ce_loss"]} if step % (steps // 4) == 0 else {})) + "\n")
+    distill = "distill:\n  loss: jsd\n  beta: 0.3\n  temperature: 2.0\n  top_k: 64\n  cross_entropy: 0.5\n  hidden:\n    alpha: 2.0\n"
+    (folder / "config.yaml").write_text(CONFIG + distill, encoding="utf-8")
 
 
 def write_evals(folder: Path, original: Arch, pruned: Arch) -> None:
@@ -91,7 +104,7 @@ def write_evals(folder: Path, original: Arch, pruned: Arch) -> None:
 def write_run(folder: Path, pruned: Arch, original: Arch = ORIGINAL) -> Path:
     """Every file of a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    (folder / "config.yaml").write_text(CONFIG + KD, encoding="utf-8")
     (folder / "arch.json").write_text(json.dumps({"original": original.to_dict(), "pruned": pruned.to_dict()}), encoding="utf-8")
     write_scores(folder, original, pruned)
     write_metrics(folder)

@@ -11,7 +11,9 @@ from minitron.arch import Arch
 from minitron.arch.arch import Layer
 from minitron.reporting import pictures
 from minitron.reporting.drawing import COLORS, boxes, draw
+from minitron.reporting.report import loss_told
 from minitron.reporting.runfiles import read_run
+from tests.reporting.conftest import write_parts
 
 SMOLLM2 = Arch("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, share_embeddings_and_output_weights=True)
 
@@ -169,6 +171,44 @@ def test_training_without_teacher_or_evaluation_is_drawn():
     assert picture.title == "Training loss" and picture.caption.startswith("From 3.000 to 1.000 over 30 tokens and 3 steps.")
     assert "pruned" not in pictures.validation_curve(metrics, {}).svg
     assert pictures.train_curve([{"step": 1}]) is None and pictures.validation_curve([{"step": 1}], {}) is None
+
+
+def test_what_is_told_and_drawn_is_the_loss_that_is_minimised(run_dir):
+    """Where the total falls and kd_loss rises, a fall is told; each part has a line, and the axis the name of the quantity."""
+    write_parts(run_dir, steps=12)
+    run = read_run(run_dir)
+    picture = pictures.train_curve(run.metrics, *loss_told(run))
+    first, last = (f"{line['loss']:.3f}" for line in (run.metrics[0], run.metrics[-1]))
+    assert picture.caption == (
+        f"From {first} to {last} over 98.3 K tokens and 12 steps. loss = kd_loss + 0.5 × ce_loss + 2 × hidden_loss; kd_loss: Jensen-Shannon "
+        "divergence; beta 0.3; temperature 2, scaled by its square; the teacher's 64 largest tokens and all others together."
+    )
+    assert float(first) > float(last)
+    texts = re.findall(r"<text[^>]*>([^<]+)<", picture.svg)
+    assert {"loss", "kd_loss", "ce_loss", "hidden", "lr"} <= set(texts)
+    assert "smoothed" not in texts and "validation" not in texts  # too few steps; and held-out next-token loss is another quantity
+
+
+@pytest.mark.parametrize(
+    ("distill", "label", "said"),
+    [
+        ("loss: forward_kl", "KL(teacher ‖ student)", "KL(teacher ‖ student)."),
+        ("loss: reverse_kl, temperature: 0.5", "KL(student ‖ teacher)", "KL(student ‖ teacher); temperature 0.5, scaled by its square."),
+        ("loss: jsd, beta: 0.25", "Jensen-Shannon divergence", "Jensen-Shannon divergence; beta 0.25."),
+        ("top_k: null", "loss", ""),
+    ],
+)
+def test_the_axis_says_which_loss_it_is(run_dir, distill, label, said):
+    (run_dir / "config.yaml").write_text(f"distill: {{{distill}}}\n")
+    run = read_run(run_dir)
+    assert loss_told(run) == (label, said)
+    picture = pictures.train_curve(run.metrics, label, said)
+    assert f">{label} (nats)<" in picture.svg and picture.caption.endswith(f"steps: 1. {said}".strip())
+
+
+def test_a_cached_teacher_is_told(run_dir):
+    (run_dir / "config.yaml").write_text("distill: {loss: forward_kl}\nteacher: {cache: {folder: c, top_k: 32}}\n")
+    assert loss_told(read_run(run_dir))[1] == "KL(teacher ‖ student); the teacher's 32 largest tokens and all others together; a cached teacher."
 
 
 def test_losses_that_are_not_finite_can_be_drawn():

@@ -46,9 +46,10 @@ def test_a_distillation_from_the_cache_of_a_killed_command(run, finished, settin
     size = sum(map(len, (content for name, content in files(folder).items() if name.endswith(".npz"))))
     assert done.out.endswith(
         f"  {folder}: the 511 most probable tokens at each of 8.2 K tokens, {size / 1e6:.1f} MB, {size / 8192:,.1f} bytes per token\n"
+        f"  minitron distill reads it with teacher.cache.folder={folder} teacher.cache.top_k=511\n"
     )
 
-    again = minitron(tmp_path / "log", *command)
+    again = minitron(tmp_path / "log", *command[:-1])  # teacher.cache.samples_per_file is the cache's own
     assert "  32 of 32 files were made before: nothing is left to do\n" in again.out
     undisturbed = minitron(tmp_path / "log", *command, f"teacher.cache.folder={tmp_path / 'other'}")
     assert (undisturbed.code, undisturbed.err) == (0, "")
@@ -73,14 +74,42 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(run, settings, tm
         "train.steps=17": f"teacher.cache.folder={folder}: it holds 128 samples, and train.steps x train.global_batch_size = 136 are needed",
         "teacher.cache.folder=/no/such": "teacher.cache.folder=/no/such: no finished cache is there; minitron cache makes one, "
         "and finishes one that it began",
-        "distill.top_k=4": "distill.top_k=4: with teacher.cache.folder it is teacher.cache.top_k that counts: null is needed",
-        "distill.hidden.enabled=true": "distill.hidden.enabled=true: a cache holds no hidden states: null is needed for teacher.cache.folder",
+        "distill.top_k=4": "distill.top_k=4: must be null with teacher.cache.folder, where teacher.cache.top_k counts in its place",
+        "distill.hidden.enabled=true": "distill.hidden.enabled=true: a cache holds no hidden states: teacher.cache.folder must be null",
         "data.separate_documents=true": f"teacher.cache.folder={folder}: made with another data.separate_documents: false, and this run's is true",
         "device=cpu": f"teacher.cache.folder={folder}: {file} is missing; minitron cache makes it again",
     }.items():
         file.unlink(missing_ok=True)  # seen last, after all that the manifest says
         refused = minitron(tmp_path / "log", "distill", *reading, change)
         assert (refused.code, refused.err) == (2, f"minitron: {said}\n"), change
+
+
+def test_a_folder_of_something_else_is_refused_before_the_teacher_is_loaded(run, settings, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    for folder, said in (
+        (run / "data", "the folder holds files that are not a cache's; an empty or new folder is needed"),
+        (file, "a file is there; a folder is needed"),
+    ):
+        before = sorted(folder.glob("*"))
+        refused = minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, f"teacher.cache.folder={folder}")
+        assert (refused.code, refused.out, refused.err) == (2, "", f"minitron: teacher.cache.folder={folder}: {said}\n")
+        assert sorted(folder.glob("*")) == before
+
+
+def test_compress_refuses_a_cache_that_does_not_fit_before_it_measures(run, finished, settings, tales, tmp_path):
+    """What settings tell before anything is made; another text right after it is tokenised. Both are called by their names."""
+    folder, other = tmp_path / "cache", tmp_path / "other.txt"
+    assert minitron(tmp_path / "log", "cache", f"run.dir={run}", *settings, f"teacher.cache.folder={folder}").code == 0
+    other.write_text(tales.read_text()[1:] + "Once upon another time. " * 400)
+    new = ["compress", f"run.dir={tmp_path / 'new'}", *settings, f"teacher.cache.folder={folder}"]
+    for change, said, left in (
+        ("seed=7", "seed: 1234, and this run's is 7", False),
+        (f"data.train={other}", f"text (data.train): {tales}, and this run's is {other}", True),
+    ):
+        refused = minitron(tmp_path / "log", *new, change)
+        assert (refused.code, refused.err.splitlines()[-1]) == (2, f"minitron: teacher.cache.folder={folder}: made with another {said}")
+        assert ((tmp_path / "new" / "data" / "manifest.json").exists(), (tmp_path / "new" / "importance.safetensors").exists()) == (left, False)
 
 
 def test_no_more_than_the_vocabulary(run, settings, tmp_path):

@@ -91,7 +91,7 @@ def test_models_that_cannot_be_read(refused, copy, tmp_path, spoil, said):
         ("target.num_layers=6", "target.num_layers=6: the model has 5"),
         ("target.num_attention_heads=6", "target.num_attention_heads=6: every KV group keeps the same number of heads: a multiple of 4 is needed"),
         ("target.ffn_hidden_size=0", "target.ffn_hidden_size=0: more than 0 is needed"),
-        ("target.num_moe_experts=2", "target.num_moe_experts=2: this model has no experts; null is needed"),
+        ("target.num_moe_experts=2", "target.num_moe_experts=2: must be null: this model has no experts"),
         ("train.global_batch_size=6", "train.global_batch_size=6: a multiple of train.micro_batch_size=4 is needed"),
         ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
         ("data.train=/no/such/text.jsonl", "data.train=/no/such/text.jsonl: "),
@@ -251,11 +251,14 @@ def test_a_second_command_on_one_folder_is_refused_on_all_its_ranks(refused, set
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("target.hidden_size=56", "target.hidden_size=56: run.dir={run} belongs to a run whose .* has 48"),
-        ("calibrate.batch_agg=mean", "calibrate.batch_agg=mean: run.dir={run} belongs to a run whose calibrate has l2;"),
-        ("train.lr=1", "train.lr=1.0: run.dir={run} belongs to a run whose distill has 0.002"),
-        ("seed=7", "seed=7: run.dir={run} belongs to a run whose .* has 1234"),
-        ("dtype=bf16", "dtype=bf16: run.dir={run} belongs to a run whose .* has fp32;"),
+        ("target.hidden_size=56", "target.hidden_size=56: run.dir={run} belongs to a run whose .* was made with target.hidden_size=48"),
+        (
+            "calibrate.batch_agg=mean",
+            "calibrate.batch_agg=mean: run.dir={run} belongs to a run whose calibrate was made with .*=l2;",
+        ),
+        ("train.lr=1", "train.lr=1.0: run.dir={run} belongs to a run whose distill was made with train.lr=0.002"),
+        ("seed=7", "seed=7: run.dir={run} belongs to a run whose .* was made with seed=1234"),
+        ("dtype=bf16", "dtype=bf16: run.dir={run} belongs to a run whose .* was made with dtype=fp32;"),
     ],
 )
 def test_the_folder_of_another_run(refused, finished, change, said):
