@@ -278,6 +278,6 @@ def test_a_model_that_is_trained_whole_must_fit_and_be_fed():
         check_model(config({"parallel": {"tp": 5}}), "train", ARCH)
     with pytest.raises(RequestError, match=r"^train.eval_tokens=64: less than one window of train.seq_length=128 tokens$"):
         check_lengths(config({"train": {"seq_length": 128}}), "train")
-    assert list(remarks(config({"train": {"warmup_steps": 10}}), "train", ARCH)) == [
+    assert list(training_remarks(config({"train": {"warmup_steps": 10}}), "train")) == [
         "train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from minitron.config.build import build
 from minitron.config.schema import Config
+from minitron.engine.verified import mark
 from minitron.errors import RequestError
 from minitron.files import write_json
 from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, own, settings_of
@@ -29,10 +30,12 @@ def run(tmp_path):
     def make(done=(), begun=(), steps=(), cfg=None):
         cfg = cfg or config()
         write_json(tmp_path / RECORD, {stage: {"done": stage in done, "settings": settings_of(cfg, stage, free=True)} for stage in (*done, *begun)})
-        files = [ARTIFACTS[stage] for stage in done if stage != "distill"] + [f"checkpoints/step_{step:08}/manifest.json" for step in steps]
-        for file in (tmp_path / name for name in files):
+        for file in (tmp_path / ARTIFACTS[stage] for stage in done if stage != "distill"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("{}")
+        for folder in (tmp_path / "checkpoints" / f"step_{step:08}" for step in steps):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark(folder, {})
         return tmp_path
 
     return make

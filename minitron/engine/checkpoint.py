@@ -1,5 +1,6 @@
 """The checkpoints of a training: what is in one, which of them are kept, and which one is read."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -124,7 +125,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, by their files' lengths, and not known to be damaged; ascending."""
-        return [step for step in self._folders() if step not in self.damaged and whole(self.path(step))]
+        return [step for step in self._folders() if step not in self.damaged and (step in self.intact or whole(self.path(step)))]
 
     def latest(self) -> int | None:
         """The newest of `steps`."""
@@ -148,8 +149,9 @@ class Checkpoints:
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
     def begin(self, trainer: "Trainer") -> None:
-        """Before the first step: make the room for copies, which takes longer than to fill it."""
-        if self.in_background:
+        """Before the first step: make the room for copies, which takes longer than to fill it, if a save on the way will need it."""
+        interval = trainer.settings.save_interval
+        if self.in_background and (trainer.step // interval + 1) * interval < trainer.settings.steps:
             _whole_state(trainer, self.kept)
 
     def save(self, trainer: "Trainer", valid_loss: float | None = None, final: bool = True) -> None:
@@ -158,13 +160,13 @@ class Checkpoints:
         One that is not `final` may go on in the background (see `poll`), and where it cannot be written, a line says so and the
         training goes on. Raises RequestError where a final one cannot be written.
         """
-        self._end(trainer.world)
+        self.wait(trainer.world)
         step, world = trainer.step, trainer.world
         self.intact.discard(step)
         background = self.in_background and not final
         texts = notes(trainer.model) | {NOTES: json.dumps({"step": step, "valid_loss": valid_loss}) + "\n"}
         try:
-            state = _whole_state(trainer, self.kept if background else {})
+            state = _whole_state(trainer, self.kept if self.in_background else None)
             self.pending = step, Saving(state, self.path(step), world, texts)
             if not background:
                 self._finish(world)
@@ -176,7 +178,7 @@ class Checkpoints:
     def poll(self, world: World) -> None:
         """Between two steps: if a save in flight is written by now, on every rank, complete it."""
         if self.pending is not None and self.pending[1].is_written():
-            self._end(world)
+            self.wait(world)
 
     def drop(self) -> None:
         """This rank ends without the others: what is in flight is given up, nothing is left running."""
@@ -185,8 +187,8 @@ class Checkpoints:
             self.pending = None
         self._await_removals()
 
-    def _end(self, world: World) -> None:
-        """Wait for the save in flight and complete it; a failure is said, and what was saved before stays."""
+    def wait(self, world: World) -> None:
+        """Wait for the save in flight and complete it, all ranks together; a failure is said, and what was saved before stays."""
         try:
             self._finish(world)
         except RequestError as error:
@@ -202,7 +204,11 @@ class Checkpoints:
         if self.pending is None:
             return
         (step, saving), self.pending = self.pending, None
-        saving.finish()
+        try:
+            saving.finish()
+        except BaseException:  # a signal too: nothing goes on writing
+            saving.drop()
+            raise
         self.damaged.pop(step, None)
         self.intact.add(step)
 
@@ -210,12 +216,15 @@ class Checkpoints:
 
     def _settle(self, newest: int) -> None:
         """Name the newest in a file, forget those that are not to be kept."""
-        with os_errors_are_requests("cannot write", self.folder):
-            write_text(self.folder / "latest", f"{newest}\n")
-            there = self.steps()
-            keep = retained({one: self.validation_loss(one) for one in there}, self.keep_last, self.keep_every)
-            # a newer one that is damaged stays until its step is saved again, or one after it
-            self._remove([one for one in self._folders() if one not in keep and (one in there or one < newest)])
+        try:
+            with os_errors_are_requests("cannot write", self.folder):
+                write_text(self.folder / "latest", f"{newest}\n")
+                there = self.steps()
+                keep = retained({one: self.validation_loss(one) for one in there}, self.keep_last, self.keep_every)
+                # a newer one that is damaged stays until its step is saved again, or one after it; of one that can't be read nothing is known
+                self._remove([one for one in self._folders() if one not in keep and (one in there or (one < newest and one in self.damaged))])
+        except RequestError as error:
+            say_once(f"{error}: the checkpoint of step {newest} is there, older ones that are not needed may be too")
 
     def _remove(self, steps: Iterable[int]) -> None:
         """The folders lose their names now; that their files go takes longer, and nobody waits for it."""
@@ -246,6 +255,8 @@ class Checkpoints:
                 return step
             self.damaged[step] = found
             wrong.append(found)
+        if wrong and isinstance(which, int):
+            raise refuse("run.checkpoint", which, f"{wrong[0]}; last, best or another step are allowed")
         if wrong:
             told = f"{wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}"
             raise RequestError(f"{told}: no checkpoint in {self.folder} is left to go on from; restore one, or use another run.dir")
@@ -273,8 +284,8 @@ class Checkpoints:
         """Continue from the newest whole checkpoint; False if there never was one. Raises RequestError where none is left."""
 
         def sweep() -> None:
-            with os_errors_are_requests("cannot write", self.folder):
-                for path in self.folder.glob(".*"):  # what a killed run was about to write or to remove
+            for path in self.folder.glob(".*"):  # what a killed run was about to write or to remove
+                with contextlib.suppress(OSError):  # in nobody's way
                     remove(path)
 
         on_main(trainer.world, sweep)
@@ -282,7 +293,7 @@ class Checkpoints:
         if step is None:
             return False
         on_main(trainer.world, lambda: self._settle(step))  # a run that was killed after its last save may not have come to that
-        loaded = load_sharded(_whole_state(trainer, {}, loading=True), self.path(step))
+        loaded = load_sharded(_whole_state(trainer, None, loading=True), self.path(step))
         fill(trainer.model, loaded["model"])
         trainer.model.unit_order = read_order(self.path(step))
         with step_counts_stay(trainer.optimizer):
@@ -304,16 +315,18 @@ def retained(losses: Mapping[int, float | None], keep_last: int, keep_every: int
     return {*sorted(losses)[-keep_last:], *multiples, *([] if best is None else [best])}
 
 
-def _whole_state(trainer: "Trainer", kept: Host, loading: bool = False) -> dict[str, Any]:
-    """All that a checkpoint holds, as copies in host memory, in `kept`; or, `loading`, the places that it is read into."""
+def _whole_state(trainer: "Trainer", kept: Host | None, loading: bool = False) -> dict[str, Any]:
+    """All that a checkpoint holds, as copies in host memory, in `kept`, pinned where there is a GPU, or in memory of its own; or, `loading`, the
+    places that it is read into."""
+    room: Host = {} if kept is None else kept
     model = model_state(trainer.model, trainer.world)
     give_state(trainer.optimizer)  # where no step has been applied yet, there is none
-    with states_by_parameter(trainer.optimizer, kept):
+    with states_by_parameter(trainer.optimizer, room, pinned=kept is not None):
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=OPTIMIZER)
     if not loading:
         for name, entry in model.items():
             if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_main_replica(entry.replica_id):
-                copy = host_copy(kept, ("model", name), entry.data.shape, entry.data.dtype, entry.data.is_cuda)
+                copy = host_copy(room, ("model", name), entry.data.shape, entry.data.dtype, kept is not None and entry.data.is_cuda)
                 entry.data = copy.copy_(entry.data.detach(), non_blocking=True)
         torch.cuda.synchronize()
     random = {} if loading else random_state(trainer.world)

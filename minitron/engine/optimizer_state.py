@@ -29,8 +29,10 @@ class Parts(dict[int, torch.Tensor]):
 
 
 @contextlib.contextmanager
-def states_by_parameter(optimizer: Any, kept: Host) -> Iterator[None]:
+def states_by_parameter(optimizer: Any, kept: Host, pinned: bool) -> Iterator[None]:
     """Inside the block Megatron gathers a buffer's state into one host tensor for each parameter, in `kept`, on the first data-parallel rank.
+
+    It comes by way of the memory of the gradients, which the next step clears. `pinned`: room for what lies on a GPU is pinned.
 
     By itself it passes all of it through several fresh tensors as large as the buffer, on every data-parallel rank. It also drops the padding
     between buckets, and then reads the state at offsets that count the padding: a tied embedding over pipeline stages has a bucket
@@ -38,7 +40,7 @@ def states_by_parameter(optimizer: Any, kept: Host) -> Iterator[None]:
     """
     parts = [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
     for number, part in enumerate(parts):
-        part.get_parameter_state_dp_zero = functools.partial(gathered, part, kept, number)
+        part.get_parameter_state_dp_zero = functools.partial(gathered, part, kept, number, pinned)
     try:
         yield
     finally:
@@ -46,19 +48,18 @@ def states_by_parameter(optimizer: Any, kept: Host) -> Iterator[None]:
             del part.get_parameter_state_dp_zero
 
 
-def gathered(part: Any, kept: Host, number: int, empty_data: bool = False, **kwargs: Any) -> dict[Any, Any] | None:
+def gathered(part: Any, kept: Host, number: int, pinned: bool, empty_data: bool = False, **kwargs: Any) -> dict[Any, Any] | None:
     """In the place of Megatron's get_parameter_state_dp_zero. With `empty_data` just room for the state, on every rank."""
     group = part.data_parallel_group
     holds = empty_data or group.rank() == 0
     found: dict[Any, Any] = {}
     for index, (buffer, maps) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, buckets),) = maps.items()
-        pinned = buffer.grad_data.is_cuda
         places = {parameter: (start, end) for parameter, (start, end, _) in buffer.param_index_map.items()}
-        states = {key: Parts() for key in STATES}
+        states, pin = {key: Parts() for key in STATES}, pinned and buffer.grad_data.is_cuda
         for key in STATES if holds else ():
             for start, end in places.values():
-                states[key].update({start: host_copy(kept, (number, index, key, start), torch.Size([end - start]), torch.float32, pinned)})
+                states[key].update({start: host_copy(kept, (number, index, key, start), torch.Size([end - start]), torch.float32, pin)})
         for bucket, ranges in zip(buffer.buckets, buckets, strict=True) if not empty_data else ():
             for key in STATES:
                 collect(part, bucket, ranges["param_map"], key, places, states[key])
@@ -79,7 +80,7 @@ def collect(part: Any, bucket: Any, ranges: dict[Any, Any], key: str, places: di
         local = ranges[parameter]["gbuf_local"]
         shard[local.start : local.end] = state.flatten()
     first = group.rank() == 0
-    everything = torch.empty(size, dtype=torch.float32, device=shard.device) if first else None
+    everything = bucket.grad_data.flatten() if first else None  # fp32, as the optimizer's states are
     shards = list(everything.split(len(shard))) if everything is not None else None
     torch.distributed.gather(shard, shards, dst=torch.distributed.get_global_rank(group, 0), group=group)
     if everything is not None:

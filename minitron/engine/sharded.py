@@ -47,6 +47,8 @@ class Saving:
                 self.temporary.mkdir(parents=True)
 
         on_main(world, begin)
+        with self._failing_together():
+            self.temporary.mkdir(exist_ok=True)  # a rank that can't reach it is found before Megatron's collectives
         with self._failing_together(), written_by_threads():
             self.request = dist_checkpointing.save(state, str(self.temporary), async_sharded_save=True)
         self.writer: Writer = self.request.async_fn.__self__
@@ -54,10 +56,10 @@ class Saving:
         self.thread.start()
 
     def _write(self) -> None:
-        self.writer.write()
         try:
+            self.writer.write()
             self.mine = sums(self.temporary, self.writer.files)
-        except OSError as error:
+        except Exception as error:  # whatever it is, no rank may take the folder for complete
             self.failure = self._why(error)
 
     def is_written(self) -> bool:
@@ -96,6 +98,8 @@ class Saving:
             (self.temporary / name).write_text(text, encoding="utf-8")
         own = [path for path in sorted(self.temporary.iterdir()) if path.name not in files]
         mark(self.temporary, files | sums(self.temporary, own))
+        if (wrong := fault(self.temporary, contents=False)) is not None:  # a rank wrote where others do not see it
+            raise RequestError(f"cannot write {self.folder}: {wrong}")
         for path in [*own, self.temporary / MARKER, self.temporary]:  # the writers' files are on the disk already
             fsync_path(path)
         remove(self.folder)
@@ -125,7 +129,9 @@ class Saving:
 
     def _why(self, error: BaseException) -> str:
         """One line. torch's writer does not say what the system said, so a full disk is looked for."""
-        full = shutil.disk_usage(self.temporary.parent).free < 1 << 20
+        full = False
+        with contextlib.suppress(OSError):
+            full = shutil.disk_usage(self.temporary.parent).free < 1 << 20
         why = os.strerror(errno.ENOSPC) if full else next(reversed(str(error).strip().splitlines()), repr(error))
         return f"cannot write {self.folder}: {why}"
 

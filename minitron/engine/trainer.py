@@ -267,11 +267,23 @@ def report(task: Task, metrics: dict[str, Any], world: World) -> None:
         refuse_together(failure, world)
 
 
+def tell(trainer: Trainer, task: Task, metrics: dict[str, Any], checkpoints: Checkpoints) -> None:
+    """Report a step. Where that fails, or the guard has seen enough, the run ends on all ranks, with the save in flight completed."""
+    try:
+        report(task, metrics, trainer.world)
+        if said := trainer.guard.verdict(trainer.step, task.source(trainer.step - 1)):
+            raise RequestError(said)
+    except RequestError:
+        checkpoints.wait(trainer.world)
+        raise
+
+
 def ask(trainer: Trainer, task: Task, batches: list[Batch], checkpoints: Checkpoints) -> StepLoss:
     """The loss of the step to come. Where it is refused, what was trained is saved before the run ends."""
     try:
         return task.loss(trainer.step, batches)
     except RequestError as error:
+        checkpoints.wait(trainer.world)
         if trainer.step == (on_main(trainer.world, checkpoints.latest) or 0):
             raise
         trainer.settle()
@@ -295,6 +307,7 @@ def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requeste
     settings, world, guard = trainer.settings, trainer.world, trainer.guard
     tokens = settings.global_batch_size * settings.seq_length
     meter = Meter(tokens, world.size, task.flops_per_token, task.peak_tflops)
+    owed = False
     while trainer.step < settings.steps:
         started = time.perf_counter()
         batches = task.microbatches(trainer.step)
@@ -306,17 +319,17 @@ def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requeste
         if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
             del metrics["counted_tokens"]
         last = trainer.step == settings.steps
-        due = trainer.step % settings.save_interval == 0 and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps
+        owed = owed or trainer.step % settings.save_interval == 0
+        due = owed and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps: it waits for the next good step
         if due or last or trainer.step % settings.eval_interval == 0:  # of checkpoints the best is kept
             trainer.settle()
             metrics |= task.validate()
-        report(task, metrics, world)
-        if said := guard.verdict(trainer.step, task.source(trainer.step - 1)):
-            raise RequestError(said)
+        tell(trainer, task, metrics, checkpoints)
         stopping = stop_requested()
         checkpoints.poll(world)
         if due or last or stopping:
             trainer.settle()
             checkpoints.save(trainer, metrics.get("valid_loss"), final=last or stopping)
+            owed = False
         if stopping and not last:
             checkpoints.stop(trainer)

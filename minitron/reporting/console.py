@@ -125,7 +125,7 @@ def _count_lines(description: str, every: float, console: Console) -> Count:
     def count(what: str, documents: int, tokens: int, share: float | None) -> None:
         now = time.monotonic()
         pace = _pace(paces, what, _Pace(now, tokens, share))
-        if now - said.get(what, -every) >= every:
+        if documents and now - said.get(what, -every) >= every:
             said[what] = now
             line = f"{description} {what}: {counted(documents, 'document')}, {counted(tokens, 'token')}"
             fields = {"tokens/s": pace.speed(now, tokens), "ETA": clock(left) if (left := pace.left(now, share)) is not None else None}

@@ -25,10 +25,10 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Writes run.dir/checkpoints and metrics.jsonl; continues from the newest checkpoint."""
-    opened.mark("train", done=False)
     opened.training_samples  # noqa: B018 -- before the model: a text that can't be used is refused first
     opened.check_descent()
     model = opened.load_whole()
+    opened.mark("train", done=False)
     train(opened, model, distillation_loss(model, NoTeacher(), NEXT_TOKEN, opened.world), {})
     opened.mark("train", done=True)
     if opened.world.is_main:

@@ -42,7 +42,7 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
         "train.beta1=0.9                   Adam's first decay [float >= 0, <= 0.9999]",
         "target.num_query_groups=null     KV groups per layer [int | float | list of int > 0 | null]",
         "logging.progress=true           progress bars on the console [true | false]",
-        "run.dir=???  folder that receives",
+        "run.dir=???          folder that receives",
         "target.num_moe_experts=null      experts per layer; only null works: no model with experts is supported yet",
         "parallel.ep=1                  expert-parallel ranks; only 1 works: no model with experts is supported yet",
         "teacher.parallel.tp=null           tensor-parallel ranks of the teacher (null: the student's)",

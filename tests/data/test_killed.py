@@ -288,6 +288,7 @@ def tokens_made(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(folder / "data").items() if not name.endswith(".json")}
 
 
+@pytest.mark.slow
 def test_killed_worker_is_one_line_and_the_same_command_continues(command: list[str], tmp_path: Path) -> None:
     with running(command, tmp_path / "run") as process:
         first_piece(process, tmp_path / "run")

@@ -12,6 +12,7 @@ from minitron.engine.guard import Guard, fault
 from minitron.errors import RequestError, Stopped
 from tests.engine.runs import SETTINGS, Run
 from tests.multirank.ranks import Layout, on_ranks
+from tests.oracles.metrics import without_costs
 from tests.oracles.models import save_model
 
 SPIKES = dataclasses.replace(SETTINGS, steps=8, spike_factor=3.0, spike_window=3, save_interval=100, eval_interval=100)
@@ -104,7 +105,7 @@ def test_what_one_rank_s_loss_does_is_left_out_by_all(layout, factor, rank, fold
 
 
 def seen(lines):
-    return [{key: value for key, value in line.items() if "second" not in key and key != "peak_memory_gib"} for line in lines]
+    return without_costs(lines)
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6])  # before the window is full; after the first spike; between two

@@ -9,6 +9,7 @@ from minitron.engine.checkpoint import Checkpoints
 from minitron.errors import LostRank
 from tests.engine.runs import SETTINGS, Run
 from tests.multirank.ranks import LOST, Layout, on_ranks
+from tests.oracles.metrics import without_costs
 from tests.oracles.models import same_tensors, save_model
 from tests.stages.watched import Moment, Orders, Watch
 
@@ -29,7 +30,7 @@ def train(world, folder, root, moment=None):
     checkpoints.resume(run.trainer)
     start = run.trainer.step
     run.fit(root / "checkpoints")
-    figures = [{name: value for name, value in line.items() if "second" not in name and name != "valid_loss"} for line in run.lines]
+    figures = [{name: value for name, value in line.items() if name != "valid_loss"} for line in without_costs(run.lines)]
     return start, figures, {name: tensor.detach().clone() for name, tensor in run.trainer.model.named_parameters()}, watch.counts[PLACE]
 
 

@@ -14,6 +14,7 @@ from minitron.engine.scoring import language_model_score
 from tests.engine.runs import SIZES, Run
 from tests.engine.test_trainer import spoiled
 from tests.multirank.ranks import Layout, on_ranks
+from tests.oracles.metrics import without_costs
 from tests.oracles.models import UNTIED, save_model, tokens_of
 
 SETTINGS = Train(**{**SIZES, "global_batch_size": 8, "micro_batch_size": 1}, save_interval=3, eval_interval=2)
@@ -56,7 +57,7 @@ def trained(world, folder, overlap, root):
 
     kept = root / str(len(overlap))
     run.fit(kept, loss=loss, validate=lambda: {"valid_loss": language_model_score(run.trainer.model, held_out, world).loss})
-    lines = [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in run.lines]
+    lines = without_costs(run.lines)
     run.trainer.close()
     parameters = [parameter.detach().clone() for parameter in run.trainer.model.parameters()]
     saved = load_model(Checkpoints(kept).path(6), world, torch.float32)

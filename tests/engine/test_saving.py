@@ -163,7 +163,7 @@ def test_a_checkpoint_is_asked_for_by_its_step_or_as_the_best(saved, tmp_path, a
         here.choose(3, alone)
     flip(copy / "step_00000002" / "__0_0.distcp")
     assert Checkpoints(copy).choose("best", alone) == 4  # validated as 2.0, the damaged one as 1.0
-    with pytest.raises(RequestError, match=r"step_00000002/__0_0.distcp: .*: no checkpoint in .* is left"):
+    with pytest.raises(RequestError, match=r"^run.checkpoint=2: .*step_00000002/__0_0.distcp: it is not .*; last, best or another step are allowed$"):
         Checkpoints(copy).choose(2, alone)
     (tmp_path / "none").mkdir()
     with pytest.raises(RequestError, match=r"^run.checkpoint=best: no checkpoint in .* had a validation; .*, of none$"):
@@ -204,7 +204,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(model, tmp_path, a
     here.begin(run.trainer)
     for _ in range(2):  # the second into the same memory as the first
         run.step()
-        here._end(alone)
+        here.wait(alone)
         gate = Gate(monkeypatch)
         here.save(run.trainer, final=False)
         after = [run.step()["loss"] for _ in range(2)]  # nothing is written yet
@@ -213,14 +213,14 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(model, tmp_path, a
         assert here.latest() in (None, run.trainer.step - 5)
         gate.opened.set()
         monkeypatch.undo()
-    here._end(alone)
+    here.wait(alone)
     fresh = Run(alone, model, dtype=dtype)
     assert Checkpoints(tmp_path).resume(fresh.trainer)
     assert fresh.trainer.step == run.trainer.step - 2
     assert [fresh.step()["loss"] for _ in range(2)] == after
 
 
-def test_a_run_that_ends_by_an_error_leaves_no_writer(model, tmp_path, alone, monkeypatch):
+def test_a_run_that_ends_by_an_error_completes_what_is_in_flight_and_leaves_no_writer(model, tmp_path, alone, monkeypatch):
     gate = Gate(monkeypatch)
 
     def report(line):
@@ -231,10 +231,10 @@ def test_a_run_that_ends_by_an_error_leaves_no_writer(model, tmp_path, alone, mo
     with pytest.raises(RequestError, match="no more"):
         Run(alone, model).fit(tmp_path, report=report)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("save", "ThreadPool"))] == []
-    assert Checkpoints(tmp_path).steps() == []
+    assert Checkpoints(tmp_path).steps() == [2]  # which was in flight
     monkeypatch.undo()
-    assert not Checkpoints(tmp_path).resume(Run(alone, model).trainer)  # there never was one, and the beginning of one is cleared away
-    assert list(tmp_path.iterdir()) == []
+    assert Checkpoints(tmp_path).resume(Run(alone, model).trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 
 def test_a_stop_with_a_save_in_flight_saves_the_newest(model, tmp_path, alone, monkeypatch):

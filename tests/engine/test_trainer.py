@@ -75,8 +75,10 @@ def test_it_reports_every_step_and_validates_and_saves_at_its_intervals(folder, 
     assert [line["tokens"] for line in run.lines] == [48 * step for step in range(1, 7)]
     assert all(line["tokens_per_second"] > 0 and line["skipped"] == line["skipped_steps"] == 0 for line in run.lines)
     assert all(0 < line["data_seconds"] < line["step_seconds"] and line["peak_memory_gib"] > 0 for line in run.lines)
-    assert [line["step"] for line in run.lines if "valid_loss" in line] == [4, 6]
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000006"]  # the newest two
+    valid = {line["step"]: line["valid_loss"] for line in run.lines if "valid_loss" in line}
+    assert [*valid] == [2, 4, 6]  # every fourth step, at every save, and the last
+    kept = [f"step_{step:08}" for step in sorted({4, 6, min(valid, key=valid.__getitem__)})]  # the newest two and the best
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == kept
     assert (tmp_path / "latest").read_text() == "6\n"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minitron.data.manifest import Manifest
+from tests.oracles.metrics import without_costs
 from tests.stages.commands import minitron
 
 ASKED = ["data.prompt_key=question", "data.packing=documents", "data.separate_documents=true", "train.steps=4", "train.save_interval=2"]
@@ -26,7 +27,7 @@ def usual(settings, tales, tmp_path_factory):
 def lines(run):
     """The metrics of a run, without those that tell time."""
     with open(run / "metrics.jsonl", encoding="utf-8") as handle:
-        return [{key: value for key, value in json.loads(line).items() if "second" not in key and key != "peak_memory_gib"} for line in handle]
+        return without_costs(map(json.loads, handle))
 
 
 def test_a_prompted_run_is_made_stopped_and_continued(usual, tmp_path):
@@ -50,4 +51,8 @@ def test_a_prompted_run_is_made_stopped_and_continued(usual, tmp_path):
     assert lines(run) == whole
 
     done = minitron(tmp_path / "other", "compress", f"run.dir={run}", *[value for value in usual if "packing" not in value])
-    assert done.code == 2 and done.err.startswith("minitron: data.packing=stream: run.dir=") and "whose distill has documents" in done.err
+    assert (
+        done.code == 2
+        and done.err.startswith("minitron: data.packing=stream: run.dir=")
+        and "whose distill was made with data.packing=documents" in done.err
+    )

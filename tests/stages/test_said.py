@@ -1,6 +1,7 @@
 """What the verbs print: each tells what it made, evaluate the table of results."""
 
 import json
+import re
 import shutil
 
 from tests.stages.commands import minitron
@@ -18,7 +19,7 @@ def test_a_compression_tells_what_its_stages_made(finished):
     assert lines[cut + 1 : cut + 3] == ["  260.0 K -> 163.3 K parameters (62.8 % kept)", "  hidden size 64 -> 48, MLP neurons per layer 172 -> 128"]
     assert f"  {finished}/importance.safetensors: a score for every unit, by activation" in lines
     assert f"  {finished}/checkpoints/step_00000016: the student after 16 steps" in lines
-    assert f"  {finished}/hf: the student" in lines
+    assert f"  {finished}/hf: the trained model after 16 steps" in lines
     assert [line.split()[0] for line in lines if line.startswith(f" results  {finished}/eval.json")] == ["results"]
 
 
@@ -50,5 +51,5 @@ def test_evaluate_alone_says_that_there_is_but_a_teacher(settings, tmp_path):
 def test_calibrate_alone_tells_what_it_tokenised(settings, tales, tmp_path):
     asked = [value for value in settings if not value.startswith(("target", "logging"))]
     lines = told(minitron(tmp_path / "log", "calibrate", f"run.dir={tmp_path / 'run'}", *asked))
-    assert lines[0].startswith("tokenise train: 128 documents, ")
+    assert re.match(r"tokenise train: [1-9]\d* documents, [\d,]+ tokens", lines[0])
     assert next(line for line in lines if line.startswith("  train: ")).endswith(f" tokens from {tales}")

@@ -18,6 +18,7 @@ import pytest
 from minitron.engine.checkpoint import Checkpoints
 from minitron.errors import RequestError, Stopped
 from minitron.session import STOPPING, end_on_signal, on_signal
+from tests.oracles.metrics import without_costs
 from tests.stages.commands import running, wait_until
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "local.sh"
@@ -78,10 +79,7 @@ def said(log, size):
 
 def lines(run):
     """The metrics of a run, without those that tell time."""
-    return [
-        {key: value for key, value in json.loads(line).items() if "second" not in key and key != "peak_memory_gib"}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
+    return without_costs(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
 
 
 def partial(run):
@@ -174,6 +172,7 @@ def test_a_signal_to_one_rank_ends_a_calibration_on_all(finished, settings, tmp_
     assert "Traceback" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_torchrun_and_its_ranks_are_signalled_by_all_means(pruned, settings, tmp_path):
     """SIGUSR1 to every process, as SLURM does it, of which torchrun must not die; then SIGTERM to torchrun's group, which it passes to its ranks'."""
