@@ -109,7 +109,7 @@ class Unsaved(engine.Checkpoints):
     def __init__(self) -> None:
         super().__init__(Path())
 
-    def save(self, trainer: engine.Trainer) -> None:
+    def save(self, trainer: engine.Trainer, valid_loss: float | None = None, final: bool = True) -> None:
         """Nothing."""
 
 
