@@ -96,8 +96,8 @@ class Work:
 
     @property
     def keeps(self) -> bool:
-        """Whether the logits are still needed when the divergence is written over them."""
-        return self.settings.cross_entropy > 0 or self.head.softcap is not None
+        """Whether the logits are still needed when a gradient is written over them."""
+        return (self.settings.cross_entropy > 0 and self.signal is not None) or self.head.softcap is not None
 
     def divide(self) -> int:
         """Divide the scratch for these settings; returns the tokens of a chunk, which must not depend on this rank's vocabulary.
@@ -138,16 +138,21 @@ class Work:
             kept_Cv = self.scratch.buffers[1][: len(student_CH)].copy_(student_Cv)
         labels = None
         if settings.cross_entropy > 0:
-            assert kept_Cv is not None and self.labels_T is not None, "cross-entropy needs labels"
-            labels = Labels(kept_Cv, Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1]), spare_Rv)
+            assert self.labels_T is not None, "cross-entropy needs labels"
+            logits_Cv = student_Cv if self.signal is None or kept_Cv is None else kept_Cv
+            labels = Labels(logits_Cv, Shard.of(self.labels_T[here][:, None], head.first, student_Cv.shape[1]), spare_Rv)
         exchange = Exchange(self.world, labels.local() if labels else [])
         kd_C, kd_gradient = self._divergence(student_Cv, spare_Rv, here, exchange)
         ce_C = labels.losses(exchange.ridden_rEC) if labels else torch.zeros_like(kd_C)
 
         def gradient(factor_C: Tensor) -> Tensor:
-            grad_Cv = kd_gradient(factor_C * temperature * head.scale)  # of logits / T, and of a loss times T squared
-            if labels is not None:
-                labels.add_gradient(grad_Cv, factor_C * settings.cross_entropy * head.scale)
+            label_factor_C = factor_C * settings.cross_entropy * head.scale
+            if labels is not None and self.signal is None:
+                grad_Cv = labels.gradient(label_factor_C)
+            else:
+                grad_Cv = kd_gradient(factor_C * temperature * head.scale)  # of logits / T, and of a loss times T squared
+                if labels is not None:
+                    labels.add_gradient(grad_Cv, label_factor_C)
             if kept_Cv is not None and head.softcap is not None:  # the slope of softcap x tanh
                 grad_Cv.mul_(kept_Cv.div_(head.softcap).square_().neg_().add_(1.0))
             return grad_Cv
@@ -156,11 +161,11 @@ class Work:
 
     def _divergence(self, student_Cv: Tensor, spare_Rv: Tensor, here: slice, exchange: Exchange) -> tuple[Tensor, Gradient]:
         settings, first = self.settings, self.head.first
-        if settings.temperature != 1.0:
-            student_Cv.div_(settings.temperature)
         if self.signal is None:
             exchange.last()  # for what rides with it
             return student_Cv.new_zeros(len(student_Cv), dtype=torch.float64), lambda scale_C: student_Cv.zero_()
+        if settings.temperature != 1.0:
+            student_Cv.div_(settings.temperature)
         if isinstance(self.signal, TopSignal):
             log_probs_CB = torch.cat([self.signal.log_probs_TK[here], self.signal.tail_T[here, None]], dim=1)
             return bucketed(settings.loss, student_Cv, settings.beta, first, self.signal.tokens_TK[here], log_probs_CB, exchange)

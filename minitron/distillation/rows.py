@@ -184,6 +184,11 @@ class Labels:
         self.lse_C = _whole_lse(everyone_rEC[:, 0])
         return self.lse_C - everyone_rEC[:, 1].sum(dim=0)
 
+    def gradient(self, weight_C: Tensor) -> Tensor:
+        """The gradient to the logits times a weight per token, in the memory of the logits."""
+        self.logits_Cv.sub_(_column(self.lse_C)).exp_().mul_(_column(weight_C))
+        return self.shard.add(self.logits_Cv, -weight_C[:, None])
+
     def add_gradient(self, to_Cv: Tensor, weight_C: Tensor) -> None:
         """Add the gradient to the logits times a weight per token, in place."""
         rows = len(self.spare_Rv)
