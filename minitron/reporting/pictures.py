@@ -393,8 +393,9 @@ def validation_curve(metrics: Sequence[Mapping[str, Any]], evals: Evals) -> Pict
                 axes.annotate(f"{key} {decimal(levels[key])}", (1, levels[key]), (0, above), xycoords=("axes fraction", "data"),
                               textcoords="offset points", ha="right", color=color)  # fmt: skip
         axes.plot(*thin(tokens, loss, DOTS_SHOWN), "-o", color=KEPT, linewidth=1.8, markersize=3)
-        axes.annotate(f"{result} {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, 7), textcoords="offset points", ha="right", color=KEPT)
-        axes.margins(y=0.12)
+        side = -14 if loss[-1] < loss[max(len(loss) - 2, 0)] else 7  # where the curve does not come from
+        axes.annotate(f"{result} {decimal(loss[-1])}", (tokens[-1], loss[-1]), (0, side), textcoords="offset points", ha="right", color=KEPT)
+        axes.margins(y=0.16)
         axes.set_ylabel("loss (nats per token)")
         tokens_axis(axes, tokens[-1])
 
