@@ -139,6 +139,7 @@ def drawn(draw: random.Random, counts: list[dict[str, int]], place: str, how: st
     return Moment(place, draw.randint(1, there), how, rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_a_run_that_is_killed_in_a_step_and_in_a_save(seed, settings, unbroken, tmp_path):
     counts, draw = [rank[-1] for rank in notes(unbroken("alone"), "counts")], random.Random(seed)
