@@ -108,9 +108,12 @@ if __name__ == "__main__":
 
 
 def children(process: int) -> list[int]:
-    """Its processes, without Python's own that tracks shared memory."""
-    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    """Its processes, without Python's own that tracks shared memory; none where it has ended."""
+    try:
+        listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def alive(process: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron.engine.checkpoint import Checkpoints
 from tests.oracles.models import same_tensors, saved_tensors
 from tests.stages.watched import ORDERS, Moment, Orders, of_run
 
@@ -185,10 +186,12 @@ def test_a_run_that_is_killed_goes_on_at_another_layout(settings, unbroken, tmp_
     assert start(run, settings, "tp2-pp2", Moment("distill:update", 2 * steps, "all", 3)) != 0
     wait_for_the_end(run)
     assert fired(run) == ["distill:update"]
+    resumed = Checkpoints(run / "checkpoints").latest()  # the save that was on its way may have been lost
+    assert resumed in (STEPS // SAVES, steps - 1)
     assert start(run, settings, "dp4") == 0, Path(f"{run}.log").read_text()
     for line, expected in zip(figures(run), figures(unbroken("alone")), strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
     for step in range(STEPS):
         batch = [*range(step * BATCH, (step + 1) * BATCH)]
         found = [rank[step] for rank in trained(run)]
-        assert found == [batch] * 4 if step < steps - 1 else sorted(itertools.chain(*found)) == batch
+        assert found == [batch] * 4 if step < resumed else sorted(itertools.chain(*found)) == batch
