@@ -1,6 +1,7 @@
 """Files that are complete or absent: written under a temporary name beside the target, fsynced, renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from minitron.errors import RequestError
 
+ALMOST_FULL = 1 << 20  # bytes that are free
+
 
 @contextlib.contextmanager
 def os_errors_are_requests(what: str, path: Path) -> Iterator[None]:
@@ -20,9 +23,18 @@ def os_errors_are_requests(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{what} {path}: {error.strerror or error}") from error
+        raise RequestError(f"{what} {path}: {error.strerror or _reason(error, path)}") from error
     except SafetensorError as error:  # its writer wraps what the system said
-        raise RequestError(f"{what} {path}: {error}") from error
+        raise RequestError(f"{what} {path}: {_reason(error, path)}") from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why something could not be written, where a library does not pass on what the system said: a full disk is looked for."""
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
+    with contextlib.suppress(OSError):
+        if there is not None and shutil.disk_usage(there).free < ALMOST_FULL:
+            return os.strerror(errno.ENOSPC)
+    return str(error)
 
 
 def fsync_path(path: Path) -> None:

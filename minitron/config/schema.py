@@ -297,6 +297,8 @@ class Train:
         if self.schedule == "wsd" and not 1 <= (self.decay_steps or 0) <= most:
             allowed = f"1 to {most} steps, what the warm-up leaves of train.steps={self.steps}, are needed with train.schedule=wsd"
             raise refuse("train.decay_steps", self.decay_steps, allowed)
+        if self.schedule != "wsd" and self.decay_steps is not None:
+            raise refuse("train.decay_steps", self.decay_steps, f"must be null with train.schedule={self.schedule}, which would not read it")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise refuse("train.overlap_param_gather", True, "train.overlap_grad_reduce=true is needed with it")
 

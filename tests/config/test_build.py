@@ -105,6 +105,7 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
             {"train": {"schedule": "wsd"}},
             "train.decay_steps=null: 1 to 960 steps, what the warm-up leaves of train.steps=1000, are needed with train.schedule=wsd",
         ),
+        ({"train": {"decay_steps": 5}}, "train.decay_steps=5: must be null with train.schedule=cosine, which would not read it"),
         ({"distill": {"loss": "mse"}}, "distill.loss=mse: one of forward_kl, reverse_kl, jsd, none is needed"),
         ({"data": {"prompt_key": "text"}}, "data.prompt_key=text: that is data.text_key, the field of the text: another field is needed"),
         ({"distill": {"beta": 1.0}}, "distill.beta=1.0: less than 1 is needed"),
