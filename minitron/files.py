@@ -23,18 +23,18 @@ def os_errors_are_requests(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{what} {path}: {error.strerror or _reason(error, path)}") from error
+        raise RequestError(f"{what} {path}: {error.strerror or why_not_written(error, path)}") from error
     except SafetensorError as error:  # its writer wraps what the system said
-        raise RequestError(f"{what} {path}: {_reason(error, path)}") from error
+        raise RequestError(f"{what} {path}: {why_not_written(error, path)}") from error
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """Why something could not be written, where a library does not pass on what the system said: a full disk is looked for."""
+def why_not_written(error: BaseException, path: Path) -> str:
+    """One line on why something could not be written, where a library does not pass on what the system said: a full disk is looked for."""
     there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
     with contextlib.suppress(OSError):
         if there is not None and shutil.disk_usage(there).free < ALMOST_FULL:
             return os.strerror(errno.ENOSPC)
-    return str(error)
+    return next(reversed(str(error).strip().splitlines()), repr(error))
 
 
 def fsync_path(path: Path) -> None:

@@ -1,10 +1,7 @@
 """A sharded state in a folder: each rank writes and reads its own shards; a folder is complete or absent."""
 
 import contextlib
-import errno
 import logging
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +18,7 @@ from minitron.engine.parallel import World, any_rank, on_main, refuse_together
 from minitron.engine.verified import MARKER, Sums, fault, mark, sums
 from minitron.engine.writer import Writer
 from minitron.errors import RequestError
-from minitron.files import fsync_path, os_errors_are_requests, remove
+from minitron.files import fsync_path, os_errors_are_requests, remove, why_not_written
 
 WAYS_TO_FAIL = (Exception, CheckpointException)  # torch's is no Exception; both wrap what the writers met
 
@@ -128,12 +125,8 @@ class Saving:
             raise
 
     def _why(self, error: BaseException) -> str:
-        """One line. torch's writer does not say what the system said, so a full disk is looked for."""
-        full = False
-        with contextlib.suppress(OSError):
-            full = shutil.disk_usage(self.temporary.parent).free < 1 << 20
-        why = os.strerror(errno.ENOSPC) if full else next(reversed(str(error).strip().splitlines()), repr(error))
-        return f"cannot write {self.folder}: {why}"
+        """One line."""
+        return f"cannot write {self.folder}: {why_not_written(error, self.temporary)}"
 
     def _clear(self) -> None:
         """Leave nothing of a save that failed."""

@@ -43,13 +43,7 @@ def distil(
         loss = kd_loss = kl_BS[counted].mean()
         if beside is not None:
             loss, figures = beside(inputs, counted, kd_loss)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(settings, step)})
+        lines.append(learned(student, optimizer, loss, settings, step))
         if beside is not None:
             lines[-1] |= {**figures, **beside.step(learning_rate(settings, step))}
     tensors = {name: tensor.detach() for name, tensor in student.state_dict().items()}
@@ -117,6 +111,17 @@ def hidden_states(model, inputs) -> list[torch.Tensor]:
     return [*states[:-1], caught[0]]
 
 
+def learned(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, settings: Train, step: int) -> dict:
+    """One step down a loss, the `step`-th from 1, and its line."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, step)
+    optimizer.step()
+    return {"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(settings, step)}
+
+
 def next_token(folder: Path, batches_BT: list[torch.Tensor], settings: Train) -> list[dict]:
     """As `distil`'s lines, of a model that learns the next token by transformers' own loss."""
     model = hf_model(folder)
@@ -126,11 +131,5 @@ def next_token(folder: Path, batches_BT: list[torch.Tensor], settings: Train) ->
     lines = []
     for step, tokens_BT in enumerate(batches_BT, start=1):
         loss = model(tokens_BT, labels=tokens_BT).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(settings, step)})
+        lines.append(learned(model, optimizer, loss, settings, step))
     return lines
