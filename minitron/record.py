@@ -21,7 +21,7 @@ from minitron.files import os_errors_are_requests, read_json, write_json, write_
 RECORD, LOCK = "stages.json", ".lock"
 # the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
 ARTIFACTS = {
-    "data": "data/manifest.json", "calibrate": "importance.safetensors", "prune": "pruned/arch.json",
+    "data": "data/manifest.json", "calibrate": "importance.safetensors", "search": "candidates.json", "prune": "pruned/arch.json",
     "distill": "checkpoints/step_*/manifest.json", "train": "checkpoints/step_*/manifest.json", "evaluate": "eval.json", "export": "hf/config.json",
 }  # fmt: skip
 # a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there

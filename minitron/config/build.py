@@ -21,7 +21,7 @@ KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    list: "a list of whole numbers",
+    list: "a list of numbers",
     type(None): "null",
 }
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for text, as it lacks the point
@@ -83,8 +83,9 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         value = float(value)
     if float in kinds and type(value) is str and NUMBER.fullmatch(value):
         value = float(value)
-    odd_list = type(value) is list and (not value or any(type(item) is not int for item in value))
-    if type(value) not in kinds or odd_list or (type(value) is float and not math.isfinite(value)):
+    if type(value) is list and list in kinds and value:
+        return [convert(item_type(hint), item, name) for item in value]
+    if type(value) not in kinds or type(value) is list or (type(value) is float and not math.isfinite(value)):
         quote = f" (a number as text is written '{name}=\"{value}\"')" if str in kinds and type(value) in (int, float) else ""
         wanted = [KINDS[kind] for kind in kinds if not (kind is int and float in kinds)]
         raise refuse(name, value, f"{' or '.join(wanted)} is needed{quote}")
@@ -96,6 +97,12 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
     if typing.get_origin(hint) is dict:
         return (dict,)
     return tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
+
+
+def item_type(hint: Any) -> Any:
+    """What the lists hold that a type hint admits: `list[int] | None` -> int."""
+    lists = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is list]
+    return typing.get_args(lists[0])[0]
 
 
 def unknown(name: str, value: Any) -> RequestError:

@@ -10,6 +10,9 @@ from typing import Any
 from minitron.errors import refuse
 
 MISSING: Any = "???"  # Hydra's mark for a setting without a default
+# what a search may be bounded by: targets, met from either side, then limits
+TARGETS, LIMITS = ("params", "non_embedding_params", "active_params"), ("memory_gb", "gflops_per_token", "latency_ms")
+BUDGETS = TARGETS + LIMITS
 
 
 def setting(default: Any, help: str, *, allowed: tuple[Any, ...] | None = None, least: float | None = None, above: float | None = None,
@@ -309,6 +312,81 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """Which sizes to look at, and how they are told apart. A budget for parameters is a target, met to within search.tolerance on either side;
+    one for memory, arithmetic or time is a limit. Grids are lists of sizes; null takes a grid of its own, down from the model's size."""
+
+    params: float | None = setting(None, "parameters that the compressed model is to have, all of them", above=0)
+    non_embedding_params: float | None = setting(None, "the same without embedding and output layer", above=0)
+    active_params: float | None = setting(None, "parameters that one token makes use of: with experts, those it is sent to", above=0)
+    memory_gb: float | None = setting(
+        None, "most GB (10^9 bytes) of weights and key/value cache, for search.batch_size sequences of search.seq_length", above=0
+    )
+    gflops_per_token: float | None = setting(None, "most GFLOP of one forward pass per token, at search.seq_length", above=0)
+    latency_ms: float | None = setting(
+        None,
+        "most milliseconds of one forward pass over search.batch_size sequences of search.seq_length, measured block by block on this device",
+        above=0,
+    )
+    batch_size: int = setting(1, "sequences that memory and time are counted for", least=1)
+    seq_length: int = setting(4096, "tokens per sequence that memory, arithmetic and time are counted for", least=1)
+    tolerance: float = setting(0.05, "share of a budget of parameters by which a model may miss it", least=0, below=1)
+
+    num_layers: list[int] | None = setting(None, "numbers of layers to look at (null: down to 7/8 of the model's)", least=1)
+    hidden_size: list[int] | None = setting(
+        None, "widths to look at (null: down to half the model's, multiples of search.hidden_multiple_of)", least=1
+    )
+    ffn_hidden_size: list[int] | None = setting(
+        None, "MLP neurons to look at (null: down to half the model's, multiples of search.ffn_multiple_of)", least=1
+    )
+    ffn_expansion: list[float] | None = setting(
+        None, "MLP neurons to look at, as multiples of the width, in place of search.ffn_hidden_size", above=0
+    )
+    num_attention_heads: list[int] | None = setting(None, "query heads to look at (null: the model's)", least=1)
+    num_query_groups: list[int] | None = setting(None, "KV groups to look at (null: the model's)", least=1)
+    hidden_multiple_of: int = setting(64, "widths of a grid of its own are multiples of this, as tensor cores like them", least=1)
+    ffn_multiple_of: int = setting(128, "MLP sizes of a grid of its own are multiples of this", least=1)
+    values: int = setting(9, "most sizes of an axis in a grid of its own: where there are more, it is coarser", least=2)
+    keep_dominated: bool = setting(False, "also look at models that another one within the budgets is at least as large as on every axis")
+    max_candidates: int = setting(64, "most candidates whose loss is measured; more are refused", least=1)
+
+    tokens: int = setting(16384, "tokens of data.valid that losses of candidates are measured on", least=1)
+    finalists: int = setting(8, "candidates with the least loss before any training that are distilled", least=1)
+    rungs: list[int] = setting(
+        [50, 100, 200, 400], "steps of distillation after which candidates are compared; only search.survive of them go on to the next", least=1
+    )
+    survive: float = setting(0.5, "share of the candidates that goes on from a rung, at least two of them", above=0, most=1)
+    settled: int = setting(2, "rungs in a row in one and the same order of those that go on, after which the search ends (0: never early)", least=0)
+    seeds: int = setting(1, "orders of the training data that each candidate is distilled on; its loss is their mean", least=1)
+    together: int | None = setting(None, "candidates trained at the same time, sharing the teacher's passes (null: as many as memory holds)", least=1)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+
+    def __post_init__(self) -> None:
+        if self.ffn_hidden_size is not None and self.ffn_expansion is not None:
+            raise refuse("search.ffn_expansion", self.ffn_expansion, "must be null with search.ffn_hidden_size")
+        if self.rungs != sorted(set(self.rungs)):
+            raise refuse("search.rungs", self.rungs, "numbers of steps that grow are needed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Several models one after another, each pruned from the one before: what differs between them."""
+
+    steps: dict[str, str] = setting(
+        {}, "the models, largest first, as name: its settings, such as '8b: target.hidden_size=4096 target.ffn_hidden_size=16384 train.steps=1000'"
+    )
+    teacher: str = setting(
+        "original",
+        "who teaches from the second model on: original, model.path; previous, the model that it was pruned from",
+        allowed=("original", "previous"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     texts: dict[str, str] = setting({}, "further texts to report loss and perplexity on, as name: source")
     seq_length: int | None = setting(None, "tokens per window, not overlapping (null: train.seq_length)", least=2)
@@ -341,6 +419,8 @@ class Config:
     calibrate: Calibrate = dataclasses.field(default_factory=Calibrate)
     distill: Distill = dataclasses.field(default_factory=Distill)
     train: Train = dataclasses.field(default_factory=Train)
+    search: Search = dataclasses.field(default_factory=Search)
+    family: Family = dataclasses.field(default_factory=Family)
     eval: Eval = dataclasses.field(default_factory=Eval)
     logging: Logging = dataclasses.field(default_factory=Logging)
     device: str = setting("auto", "where to compute; auto takes a GPU where there is one", allowed=("auto", "cpu", "cuda"))

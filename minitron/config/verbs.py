@@ -3,8 +3,10 @@
 import dataclasses
 from typing import NamedTuple
 
+from minitron.config import schema
 from minitron.config.schema import Target
 
+BUDGETS = " | ".join(f"search.{name}" for name in schema.BUDGETS)
 AXES = " | ".join(f"target.{field.name}" for field in dataclasses.fields(Target) if field.default is None)
 COMMON = ("device", "spec", "dtype", "seed")
 
@@ -20,10 +22,21 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "compress": Verb(
-        "the whole pipeline: data, calibrate, prune, distill, evaluate, export and report; continues where it stopped",
-        ("run", "model", "target", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
-        ("run.dir", "model.path", "data.train", AXES),
+        "the whole pipeline: data, calibrate, search where a budget is set, prune, distill, evaluate, export and report; continues where it stopped",
+        ("run", "model", "target", "search", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train", f"{AXES} | {BUDGETS}"),
         trains=True,
+    ),
+    "family": Verb(
+        "several models in a chain, each compressed from the one before, every one in a folder of its own below run.dir",
+        ("run", "model", "family", "target", "search", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train", "family.steps"),
+        trains=True,
+    ),
+    "plan": Verb(
+        "what the settings come to, before anything is computed: sizes, parameters, arithmetic, memory; of a search, which candidates remain and why",
+        ("run", "model", "target", "search", "train", "parallel", *COMMON),
+        ("model.path", f"{AXES} | {BUDGETS}"),
     ),
     "data": Verb(
         "tokenise text into Megatron's indexed files",
@@ -35,10 +48,15 @@ VERBS: dict[str, Verb] = {
         ("run", "model", "data", "calibrate", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train | data.calibration"),
     ),
+    "search": Verb(
+        "find the best sizes within a budget: enumerate, compare by loss as pruned, then by short distillations of those that are left",
+        ("run", "model", "target", "search", "data", "calibrate", "teacher", "distill", "train", "parallel", "logging", *COMMON),
+        ("run.dir", "model.path", "data.train", BUDGETS),
+    ),
     "prune": Verb(
-        "cut the model down to the target's sizes, keeping the units that matter most",
+        "cut the model down to the target's sizes, or those that search chose, keeping the units that matter most",
         ("run", "model", "target", "calibrate", "parallel", *COMMON),
-        ("run.dir", "model.path", AXES),
+        ("run.dir", "model.path"),
     ),
     "cache": Verb(
         "run the teacher once over the training samples and keep its most probable tokens, for a distill without it",
