@@ -94,8 +94,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """The plain types a type hint admits: `int | None` -> (int, NoneType), `dict[str, str]` -> (dict,), `list[int] | None` -> (list, NoneType)."""
-    if typing.get_origin(hint) is dict:
-        return (dict,)
+    if (whole := typing.get_origin(hint)) in (dict, list):
+        return (whole,)
     return tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
 
 
