@@ -1,0 +1,67 @@
+"""The ladder of a search: who goes on from a rung, how much of the order holds from one rung to the next, and when it has settled. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from minitron.search.candidates import Rung
+
+
+def mean_losses(rung: Rung) -> dict[str, float]:
+    """The mean over the seeds, by candidate; of those that were measured with none yet, nothing."""
+    return {name: fmean(losses) for name, losses in rung.losses.items() if losses}
+
+
+def ranking(losses: Mapping[str, float]) -> list[str]:
+    """The names, least loss first; of equals the one that is named first. Losses that are not finite come last."""
+    return sorted(losses, key=lambda name: (not math.isfinite(losses[name]), losses[name] if math.isfinite(losses[name]) else 0.0))
+
+
+def best(losses: Mapping[str, float], count: int) -> list[str]:
+    """The `count` of least loss, in order."""
+    return ranking(losses)[:count]
+
+
+def survivors(count: int, share: float) -> int:
+    """How many of `count` go on: the share, rounded up, but two of them at least, as one alone is not compared with anything."""
+    return min(count, max(2, math.ceil(share * count - 1e-9)))  # 0.1 x 30 is a little more than 3
+
+
+def kendall_tau(one: Mapping[str, float], other: Mapping[str, float]) -> float | None:
+    """Kendall's rank correlation (tau-b) between two sets of losses, over the names in both; None where less than two are, or where all of
+    one side are equal.
+
+    (pairs in the same order - pairs in the opposite one) / sqrt(pairs not tied in the one x pairs not tied in the other)
+    """
+    pairs = [*itertools.combinations([name for name in one if name in other], 2)]
+    signs = [(sign(one[a], one[b]), sign(other[a], other[b])) for a, b in pairs]
+    untied = [sum(side != 0 for side in sides) for sides in zip(*signs, strict=True)]
+    return sum(a * b for a, b in signs) / math.sqrt(math.prod(untied)) if untied and all(untied) else None
+
+
+def sign(one: float, other: float) -> int:
+    """Which is larger."""
+    return (one > other) - (one < other)
+
+
+def tau_between_seeds(losses: Mapping[str, Sequence[float]]) -> float | None:
+    """The mean of Kendall's tau over all pairs of seeds; None with one seed, or where none can be told."""
+    seeds = [dict(zip(losses, column, strict=True)) for column in zip(*losses.values(), strict=True)]
+    found = [tau for one, other in itertools.combinations(seeds, 2) if (tau := kendall_tau(one, other)) is not None]
+    return fmean(found) if found else None
+
+
+def has_settled(rungs: Sequence[Rung], times: int) -> bool:
+    """Whether those that go on from the last rung are in one and the same order at each of the last `times` rungs of distillation.
+
+    0: never. Losses before any training do not count: they say little of the order after it (arXiv 2407.14679, best practice 9).
+    """
+    last = [rung for rung in rungs if rung.steps][-times:] if times else []
+    if not times or len(last) < times:
+        return False
+    stayed = last[-1].stayed
+    orders = [[name for name in ranking(mean_losses(rung)) if name in stayed] for rung in last]
+    return all(order == stayed for order in orders)
