@@ -25,13 +25,14 @@ ARTIFACTS = {
     "distill": "checkpoints/step_*/manifest.json", "train": "checkpoints/step_*/manifest.json", "evaluate": "eval.json", "export": "hf/config.json",
 }  # fmt: skip
 # a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there
-COMPRESSION = ("compress", "calibrate", "prune", "cache", "distill")
+COMPRESSION = ("compress", "calibrate", "search", "prune", "cache", "distill")
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
               "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
               "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
-              "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather")  # fmt: skip
+              "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather",
+              "search.together")  # fmt: skip
 # settings of what a verb makes itself, which a stage of the run reads under the same name: a cache may be made for another run, or mended
 MADE_HERE = {"cache": ("teacher.cache.folder", "teacher.cache.top_k")}
 # settings of the data that training alone reads: they bind nothing that was made before it
@@ -46,6 +47,8 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
+    if verb == "search":  # it has steps of its own
+        left_out = (*left_out, "train.steps")
     return in_use({name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out})
 
 
@@ -77,10 +80,13 @@ def is_there(folder: Path, stage: str) -> bool:
 def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The stages whose results the run stands on, each with the settings that they were made with.
 
-    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings. Checkpoints
-    are what a training continues from, so they bind it even unfinished, but for ADJUSTABLE, and with it the stages that they descend from.
+    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings, and so is a search
+    until something is trained that descends from it. Checkpoints are what a training continues from, so they bind it even unfinished, but for
+    ADJUSTABLE, and with it the stages that they descend from.
     """
     step = trained(folder)
+    if step and record.get("search", {}).get("done"):
+        yield "search", {name: value for name, value in made_with(record["search"], "search").items() if name.startswith("search.")}
     for stage in ("data", "calibrate", "prune", "distill", "train"):
         entry = record.get(stage, {"done": False, "settings": {}})
         settings = made_with(entry, stage)
@@ -182,7 +188,7 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
                 made = f"run.dir={folder} belongs to a run whose {stage} was made with {name}={shown(theirs[name])}"
                 raise refuse(name, mine[name], f"{made}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)
-    if VERBS[verb].trains and (step := trained(folder)):
+    if VERBS[verb].trains and verb != "search" and (step := trained(folder)):
         before = record.get("train" if verb == "train" else "distill", {"settings": {}})["settings"]
         changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
         if changed:

@@ -82,9 +82,9 @@ class SharedTeacher:
     Held are a step's last hidden states of this rank, or what was read of a cache.
     """
 
-    def __init__(self, opened: Session) -> None:
+    def __init__(self, opened: Session, given: Teacher | None = None) -> None:
         self.watches = Watches()
-        self.teacher = given_teacher(opened) or teacher_of(opened, self.watches)
+        self.teacher = given or teacher_of(opened, self.watches)
         self.step: int | None = None
         self.answer: Sequence[Signal | None] = ()
 

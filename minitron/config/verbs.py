@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
         "find the best sizes within a budget: enumerate, compare by loss as pruned, then by short distillations of those that are left",
         ("run", "model", "target", "search", "data", "calibrate", "teacher", "distill", "train", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train", BUDGETS),
+        trains=True,
     ),
     "prune": Verb(
         "cut the model down to the target's sizes, or those that search chose, keeping the units that matter most",

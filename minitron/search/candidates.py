@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.arch.arch import Arch
-from minitron.config.schema import Target
-from minitron.errors import RequestError
+from minitron.config.schema import Config, Target
+from minitron.errors import RequestError, refuse
 from minitron.files import read_json, write_json
 
 FILE = "candidates.json"
@@ -78,3 +78,25 @@ class Results:
             return cls(**{**tree, "original": Arch.from_dict(tree["original"]), "candidates": candidates, "rungs": rungs})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(f"cannot read {folder / FILE}: {error} (minitron search makes it)") from error
+
+
+def sizes_asked(target: Target) -> dict[str, Any]:
+    """The sizes that the settings under `target` name."""
+    axes = [field.name for field in dataclasses.fields(Target) if field.default is None]
+    return {name: size for name in axes if (size := getattr(target, name)) is not None}
+
+
+def wanted(cfg: Config) -> Target:
+    """The target that a model is pruned to: the sizes that are asked for, or where none are, those that a search chose in run.dir.
+
+    Raises RequestError where there are neither.
+    """
+    folder = Path(cfg.run.dir)
+    if sizes_asked(cfg.target):
+        return cfg.target
+    results = Results.load(folder) if (folder / FILE).exists() else None
+    if results is None or results.chosen is None:
+        search = "is not at its end" if results else "was not run"
+        ways = f"sizes are needed under target, or those that minitron search chooses: in run.dir={folder} it {search}"
+        raise refuse("target.num_layers", None, ways)
+    return results.candidate(results.chosen).target(cfg.target)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from minitron.config.schema import Config
 from minitron.search.candidates import Rung
+
+
+def trial(cfg: Config, number: int = 0) -> Config:
+    """The settings by which a candidate is distilled: those of a distillation that ends with the last rung, on another order of the data for each
+    `number` (search.seeds). Raises RequestError where the training's settings don't fit so few steps."""
+    return dataclasses.replace(cfg, seed=cfg.seed + number, train=dataclasses.replace(cfg.train, steps=cfg.search.rungs[-1]))
 
 
 def mean_losses(rung: Rung) -> dict[str, float]:
