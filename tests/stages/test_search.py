@@ -1,0 +1,154 @@
+"""The search of a real model: every loss against a lone distillation, one run of the teacher for all, the same choice however it is made."""
+
+import functools
+import json
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from minitron.arch.arch import Arch
+from minitron.search.candidates import Results
+from tests.oracles.metrics import without_costs
+from tests.stages.commands import minitron, running
+
+RUNGS = [2, 4, 6]
+TRAIN = [
+    "train.global_batch_size=8", "train.micro_batch_size=4", "train.seq_length=64", "train.eval_tokens=1024", "train.warmup_steps=2", "train.lr=2e-3",
+]  # fmt: skip
+SEARCH = [
+    "search.params=200e3", "search.num_layers=[4,5]", "search.hidden_size=[48,56,64]", "search.ffn_hidden_size=[96,112,128,144,172]",
+    "search.tokens=1024", f"search.rungs={RUNGS}", "search.finalists=3", "search.settled=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def common(stories, tales):
+    """Settings of every command here."""
+    return [f"model.path={stories}", f"data.train={tales}", "logging.progress=false", "device=cpu", "dtype=fp32"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(common, tmp_path_factory):
+    """A folder with importance scores, to be copied."""
+    run = tmp_path_factory.mktemp("calibrated") / "run"
+    done = minitron(run.with_name("log"), "calibrate", f"run.dir={run}", *common, "calibrate.samples=16", "calibrate.seq_length=64")
+    assert (done.code, done.err) == (0, "")
+    return run
+
+
+CALIBRATE = ["calibrate.samples=16", "calibrate.seq_length=64"]
+
+
+def count_passes(file):
+    """Have every run of the teacher over a step's microbatches leave a line in a file."""
+    from minitron.distillation.signal import LiveTeacher
+
+    signals = LiveTeacher.signals
+
+    def noted(self, step, batches):
+        with open(file, "a", encoding="utf-8") as handle:
+            handle.write(f"{step}\n")
+        return signals(self, step, batches)
+
+    LiveTeacher.signals = noted
+
+
+def searched(calibrated, run, settings, size=1, prepare=None):
+    """What a search found in a copy of the calibrated folder."""
+    shutil.copytree(calibrated, run)
+    with running(run.with_name(f"{run.name}.log"), "search", f"run.dir={run}", *settings, size=size, prepare=prepare) as ranks:
+        assert ranks.results(timeout=300) == [0] * size
+    assert not (run / "search").exists()
+    return Results.load(run)
+
+
+@pytest.fixture(scope="module")
+def settings(common):
+    return [*common, *CALIBRATE, *TRAIN, *SEARCH]
+
+
+@pytest.fixture(scope="module")
+def alone(calibrated, settings, tmp_path_factory):
+    """A search on one process, all students at a time, and how often the teacher was run."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    results = searched(calibrated, run, settings, prepare=functools.partial(count_passes, run.with_name("passes")))
+    return results, [*map(int, run.with_name("passes").read_text().split())]
+
+
+def same(one, other, tolerance=0.0):
+    """Two searches tell the same, but for seconds."""
+    assert (one.candidates, one.grid, one.fell, one.chosen, one.settled) == (other.candidates, other.grid, other.fell, other.chosen, other.settled)
+    for mine, theirs in zip(one.rungs, other.rungs, strict=True):
+        assert (mine.steps, mine.tokens, mine.stayed, mine.tau) == (theirs.steps, theirs.tokens, theirs.stayed, theirs.tau)
+        assert {*mine.losses} == {*theirs.losses}
+        assert all(losses == pytest.approx(theirs.losses[name], abs=tolerance, rel=0) for name, losses in mine.losses.items())
+    return True
+
+
+def test_the_ladder_halves_and_the_best_is_chosen(alone):
+    results, _ = alone
+    assert [rung.steps for rung in results.rungs] == [0, *RUNGS]
+    assert [len(rung.losses) for rung in results.rungs] == [4, 3, 2, 2]
+    for rung, after in zip(results.rungs, results.rungs[1:], strict=False):
+        assert rung.stayed == sorted(rung.losses, key=rung.losses.get)[: len(rung.stayed)]
+        assert {*rung.stayed} == {*after.losses}
+    last = results.rungs[-1]
+    assert results.chosen == min(last.losses, key=last.losses.get)
+    assert all(rung.seconds > 0 for rung in results.rungs)
+    assert [rung.tau is None for rung in results.rungs] == [True, False, False, False]
+    assert last.losses[results.chosen][0] < results.rungs[0].losses[results.chosen][0] - 0.3  # it learned
+
+
+def test_the_teacher_is_run_once_a_step_however_many_students(alone):
+    assert alone[1] == [*range(RUNGS[-1])]
+
+
+def test_a_candidate_s_way_is_bitwise_that_of_a_distillation_of_its_own(alone, calibrated, common, tmp_path):
+    results, _ = alone
+    winner = results.candidate(results.chosen)
+    run = shutil.copytree(calibrated, tmp_path / "run")
+    sizes = [f"target.{name}={size}" for name, size in winner.sizes.items()]
+    assert minitron(tmp_path / "prune", "prune", f"run.dir={run}", *[*common[:1], *common[3:]], *CALIBRATE, *sizes).code == 0
+    steps = [f"train.steps={RUNGS[-1]}", "train.eval_interval=2"]
+    done = minitron(tmp_path / "distill", "distill", f"run.dir={run}", *common, *TRAIN, *steps)
+    assert (done.code, done.err) == (0, "")
+    with open(run / "metrics.jsonl", encoding="utf-8") as handle:
+        losses = {line["step"]: line["valid_loss"] for line in without_costs(map(json.loads, handle)) if "valid_loss" in line}
+    assert losses == {rung.steps: rung.losses[winner.name][0] for rung in results.rungs[1:]}
+
+
+def test_a_compression_within_a_budget_ends_with_a_model_that_transformers_loads(settings, tmp_path):
+    run = tmp_path / "run"
+    short = [*settings, "search.rungs=[1,2]", "search.finalists=2", "train.steps=3", "train.warmup_steps=0", "eval.tokens=512"]
+    done = minitron(tmp_path / "log", "compress", f"run.dir={run}", *short)
+    assert (done.code, done.err) == (0, ""), done
+    results = Results.load(run)
+    chosen = results.candidate(results.chosen)
+    pruned = Arch.from_dict(json.loads((run / "pruned" / "arch.json").read_text()))
+    assert {name: getattr(pruned, name) for name in chosen.sizes} == chosen.sizes
+    assert AutoModelForCausalLM.from_pretrained(run / "hf").num_parameters() == chosen.costs["params"]
+    assert abs(chosen.costs["params"] / 200e3 - 1) <= 0.05
+    before = (run / "candidates.json").stat().st_mtime_ns
+    assert minitron(tmp_path / "log", "compress", f"run.dir={run}", *short).code == 0
+    assert (run / "candidates.json").stat().st_mtime_ns == before  # it is not searched again
+
+
+@pytest.mark.slow
+def test_students_in_turn_give_the_same_with_a_run_of_the_teacher_for_each(alone, calibrated, settings, tmp_path):
+    """One at a time: every student goes out of memory and comes back from its checkpoint at each rung."""
+    passes = tmp_path / "passes"
+    results = searched(calibrated, tmp_path / "run", [*settings, "search.together=1"], prepare=functools.partial(count_passes, passes))
+    assert same(results, alone[0])
+    assert len(passes.read_text().split()) == 3 * 2 + 2 * 2 + 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(2, ["parallel.tp=2"]), (2, ["parallel.pp=2"]), (2, []), (4, ["parallel.tp=2", "parallel.pp=2"])],
+    ids=["tp2", "pp2", "dp2", "tp2-pp2"],
+)
+def test_every_layout_finds_the_same(size, layout, alone, calibrated, settings, tmp_path):
+    assert same(searched(calibrated, tmp_path / "run", [*settings, *layout], size), alone[0], tolerance=1e-5)
