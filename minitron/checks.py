@@ -23,8 +23,8 @@ from minitron.errors import RequestError, refuse
 from minitron.pruning.keep import skipped_at_a_time
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
-from minitron.search.budget import find
-from minitron.search.candidates import sizes_asked, wanted
+from minitron.search.budget import check_free, find
+from minitron.search.candidates import wanted
 from minitron.search.ladder import trial
 from minitron.weights.source import locate, open_folder
 
@@ -107,9 +107,7 @@ def check(cfg: Config, verb: str) -> None:
 
 def check_search(cfg: Config, verb: str) -> None:
     """Sizes are chosen or named, not both; the training's settings fit short distillations; cached predictions are of one order of the text."""
-    budget, amount = next(iter(cfg.search.budgets.items()))
-    for name, size in sizes_asked(cfg.target).items():
-        raise refuse(f"target.{name}", size, f"must be null with search.{budget}={amount:g}: the search chooses the sizes")
+    check_free(cfg.target, cfg.search)
     try:
         trial(cfg)
     except RequestError as error:

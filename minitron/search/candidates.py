@@ -1,4 +1,4 @@
-"""`candidates.json`: the architectures that a search looked at, what each costs, their losses rung by rung, and which was chosen."""
+"""`candidates.json` and `plan.json`: the architectures that a search looked at, what each costs, their losses rung by rung, and which was chosen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from minitron.config.schema import Config, Target
 from minitron.errors import RequestError, refuse
 from minitron.files import read_json, write_json
 
-FILE = "candidates.json"
+FILE, PLAN = "candidates.json", "plan.json"
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def name_of(sizes: dict[str, int]) -> str:
+    """A short name for some of SIZES: L30-H512-F1152-A9-G3."""
+    return "-".join(f"{letter}{sizes[name]}" for letter, name in zip("LHFAG", SIZES, strict=True) if name in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +85,13 @@ class Results:
             raise RequestError(f"cannot read {folder / FILE}: {error} (minitron search makes it)") from error
 
 
-def sizes_asked(target: Target) -> dict[str, Any]:
-    """The sizes that the settings under `target` name."""
-    axes = [field.name for field in dataclasses.fields(Target) if field.default is None]
-    return {name: size for name in axes if (size := getattr(target, name)) is not None}
-
-
 def wanted(cfg: Config) -> Target:
     """The target that a model is pruned to: the sizes that are asked for, or where none are, those that a search chose in run.dir.
 
     Raises RequestError where there are neither.
     """
     folder = Path(cfg.run.dir)
-    if sizes_asked(cfg.target):
+    if cfg.target.sizes:
         return cfg.target
     results = Results.load(folder) if (folder / FILE).exists() else None
     if results is None or results.chosen is None:
@@ -100,3 +99,19 @@ def wanted(cfg: Config) -> Target:
         ways = f"sizes are needed under target, or those that minitron search chooses: in run.dir={folder} it {search}"
         raise refuse("target.num_layers", None, ways)
     return results.candidate(results.chosen).target(cfg.target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The content of plan.json: the model, and what the settings make of it: the target or, largest first, the candidates of a search. `grid`: points
+    that the search looked at (None where there is no budget), `fell`: how many of them are no candidates, by reason in words."""
+
+    arch: Arch
+    original: Candidate
+    models: list[Candidate]
+    grid: int | None = None
+    fell: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write run.dir/plan.json."""
+        write_json(folder / PLAN, dataclasses.asdict(self))
