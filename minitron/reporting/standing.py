@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from statistics import fmean
 
 from minitron.config.schema import TARGETS as PARAMETERS
 from minitron.reporting.wording import clock, counted, decimal, percent, ratio, size
 from minitron.search.candidates import SIZES, Candidate, Results, Rung
+from minitron.search.ladder import mean_losses, ranking
 
 HEADINGS = dict(zip(SIZES, ("layers", "hidden", "MLP", "heads", "KV groups"), strict=True))
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # by the names of the budgets: what a reader sees, and how it is written
@@ -45,17 +45,6 @@ class Standing:
     def loss(self) -> float | None:
         """The loss on that rung."""
         return self.losses[self.last] if self.last >= 0 else None
-
-
-def mean_losses(rung: Rung) -> dict[str, float]:
-    """The mean over the seeds, by candidate."""
-    return {name: fmean(losses) for name, losses in rung.losses.items() if losses}
-
-
-def ranking(rung: Rung) -> list[str]:
-    """The candidates of a rung, the one with the least loss first; losses that are not finite come last."""
-    means = mean_losses(rung)
-    return sorted(means, key=lambda name: (not math.isfinite(means[name]), means[name]))
 
 
 def standings(results: Results) -> list[Standing]:

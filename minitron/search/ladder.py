@@ -23,14 +23,10 @@ def mean_losses(rung: Rung) -> dict[str, float]:
     return {name: fmean(losses) for name, losses in rung.losses.items() if losses}
 
 
-def ranking(losses: Mapping[str, float]) -> list[str]:
-    """The names, least loss first; of equals the one that is named first. Losses that are not finite come last."""
+def ranking(rung: Rung) -> list[str]:
+    """The candidates of a rung, least loss first; of equals the one that was measured first. Losses that are not finite come last."""
+    losses = mean_losses(rung)
     return sorted(losses, key=lambda name: (not math.isfinite(losses[name]), losses[name] if math.isfinite(losses[name]) else 0.0))
-
-
-def best(losses: Mapping[str, float], count: int) -> list[str]:
-    """The `count` of least loss, in order."""
-    return ranking(losses)[:count]
 
 
 def survivors(count: int, share: float) -> int:
@@ -71,5 +67,5 @@ def has_settled(rungs: Sequence[Rung], times: int) -> bool:
     if not times or len(last) < times:
         return False
     stayed = last[-1].stayed
-    orders = [[name for name in ranking(mean_losses(rung)) if name in stayed] for rung in last]
+    orders = [[name for name in ranking(rung) if name in stayed] for rung in last]
     return all(order == stayed for order in orders)

@@ -24,11 +24,12 @@ from minitron.pruning.keep import Keep, select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
 from minitron.record import settings_of
-from minitron.reporting.console import Advance, progress, say
+from minitron.reporting.console import Advance, progress, say, show_candidates, show_rung, show_search
 from minitron.reporting.wording import counted
 from minitron.search.budget import BYTES, find
 from minitron.search.candidates import FILE, Results, Rung
 from minitron.search.ladder import has_settled, kendall_tau, mean_losses, ranking, survivors, tau_between_seeds
+from minitron.search.latency import measured
 from minitron.session import Session, need, session, stop_on_signal
 from minitron.teaching import SharedTeacher, given_teacher, hidden_loss
 from minitron.training import SHOWN, held_out_loss, sources, step_batches
@@ -43,7 +44,8 @@ def run(cfg: Config) -> None:
         if opened.is_done("search"):
             results = engine.on_main(opened.world, lambda: Results.load(opened.folder))
             if opened.world.is_main:
-                say(f"{opened.folder / FILE} is there: {results.chosen} was chosen, nothing is left to do")
+                show_search(results)
+                say(f"{opened.folder / FILE} was made before: nothing is left to do")
         else:
             work(opened)
 
@@ -67,12 +69,16 @@ def work(opened: Session) -> None:
         results.save(opened.folder)
 
     engine.on_main(world, note)
+    if world.is_main:
+        show_candidates(results)
     ladder = Ladder(opened, results, shapes, keeps)
     for steps in (0, *opened.cfg.search.rungs):
         if ladder.results.chosen is None:
             ladder.climb(steps)
     engine.on_main(world, lambda: remove(opened.folder / FOLDER))
     opened.mark("search", done=True)
+    if world.is_main:
+        show_search(ladder.results)
 
 
 def key_of(opened: Session) -> str:
@@ -92,7 +98,8 @@ def begun(opened: Session, key: str) -> Results | None:
 def found(opened: Session) -> Results:
     """The candidates, nothing known of them yet."""
     cfg, arch = opened.cfg, opened.source.arch
-    within = find(arch, cfg.search, cfg.parallel, cfg.dtype)
+    measure = measured(arch, cfg, opened.world, opened.spec(), opened.folder)
+    within = find(arch, cfg.search, cfg.parallel, cfg.dtype, measure)
     return Results(arch, dataclasses.asdict(cfg.search), within.grid, within.fell, within.candidates)
 
 
@@ -206,7 +213,7 @@ class Ladder:
         losses = mean_losses(rung)
         count = survivors(len(names), search.survive) if rung.steps else search.finalists
         tau = kendall_tau(losses, mean_losses(rungs[-2])) if rung.steps else None
-        rungs[-1] = rung = dataclasses.replace(rung, stayed=ranking(losses)[:count], tau=tau, seed_tau=tau_between_seeds(rung.losses))
+        rungs[-1] = rung = dataclasses.replace(rung, stayed=ranking(rung)[:count], tau=tau, seed_tau=tau_between_seeds(rung.losses))
         last = rung.steps == search.rungs[-1]
         settled = not last and has_settled(rungs, search.settled)
         if last or settled or len(rung.stayed) == 1:
@@ -227,7 +234,7 @@ class Ladder:
 
         engine.on_main(self.world, forget)
         if self.world.is_main:
-            say(f"{rung.steps} steps: {len(rung.stayed)} of {len(names)} go on, the first is {rung.stayed[0]} at {losses[rung.stayed[0]]:.4f}")
+            show_rung(self.results)
 
     def _write(self) -> None:
         now = time.monotonic()
@@ -272,7 +279,7 @@ class Ladder:
         opened = self.opened
         if self.source is None:
             self.source = opened.load_source()
-        spec = opened.spec(opened.source.arch)
+        spec = opened.spec()
         return reslice(self.source, self.keeps[name], self.shapes[name], opened.world, spec, opened.cfg.train.recompute, empty=False)
 
     def _student(self, name: str, number: int) -> Student:
@@ -285,7 +292,7 @@ class Ladder:
         if engine.on_main(world, checkpoints.latest) is None:
             model = self._cut(name)
         else:
-            model = engine.empty_model(self.shapes[name], world, trial.dtype, trial.spec(trial.source.arch), cfg.train.recompute)
+            model = engine.empty_model(self.shapes[name], world, trial.dtype, trial.spec(), cfg.train.recompute)
         hidden = hidden_loss(trial, model)
         trainer = engine.Trainer(model, cfg.train, world, {"hidden": hidden} if hidden else {})
         checkpoints.resume(trainer)

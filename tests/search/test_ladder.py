@@ -21,7 +21,8 @@ def rung(order, steps=1, stayed=2):
 
 
 def test_the_least_loss_comes_first_and_what_is_no_number_last():
-    assert ranking({"a": 2.0, "b": math.nan, "c": 1.0, "d": math.inf, "e": 2.0}) == ["c", "a", "e", "b", "d"]
+    losses = {"a": 2.0, "b": math.nan, "c": 1.0, "d": math.inf, "e": 2.0}
+    assert ranking(Rung(1, 1, {name: [loss] for name, loss in losses.items()})) == ["c", "a", "e", "b", "d"]
 
 
 def test_the_loss_is_the_mean_over_the_seeds():
