@@ -1,8 +1,12 @@
 """The search of a real model: every loss against a lone distillation, one run of the teacher for all, the same choice however it is made."""
 
 import functools
+import importlib
+import itertools
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -10,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from minitron.arch.arch import Arch
 from minitron.search.candidates import Results
 from tests.oracles.metrics import without_costs
+from tests.multirank.ranks import Died
 from tests.stages.commands import minitron, running
 
 RUNGS = [2, 4, 6]
@@ -152,3 +157,65 @@ def test_students_in_turn_give_the_same_with_a_run_of_the_teacher_for_each(alone
 )
 def test_every_layout_finds_the_same(size, layout, alone, calibrated, settings, tmp_path):
     assert same(searched(calibrated, tmp_path / "run", [*settings, *layout], size), alone[0], tolerance=1e-5)
+
+
+def signalled(number, name, which):
+    """The process gets a signal when MODULE:CLASS.METHOD is called for the `which`-th time."""
+    module, path = name.split(":")
+    owner, method = path.split(".")
+    owner, calls = getattr(importlib.import_module(module), owner), itertools.count(1)
+    original = getattr(owner, method)
+
+    def call(*args, **kwargs):
+        if next(calls) == which:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, method, call)
+
+
+NOTE, STEP, SAVE = "minitron.search.candidates:Results.save", "minitron.engine.trainer:Trainer.update", "minitron.engine.checkpoint:Checkpoints.save"
+ENDS = [  # of a search of two seeds, two students at a time
+    (signal.SIGKILL, NOTE, 4),  # the second candidate as pruned
+    (signal.SIGKILL, STEP, 3),
+    (signal.SIGTERM, STEP, 6),
+    (signal.SIGKILL, NOTE, 4),
+    (signal.SIGKILL, SAVE, 3),
+    (signal.SIGKILL, STEP, 9),
+    (signal.SIGUSR1, STEP, 5),
+    (signal.SIGKILL, NOTE, 6),
+]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_ended_anywhere_goes_on_to_the_same(calibrated, settings, tmp_path):
+    """With losses between hidden states, whose teacher's states several students take from one run of it."""
+    hidden = ["distill.hidden.enabled=true", "distill.hidden.projection=true", "distill.hidden.layers=[-2]", "distill.hidden.teacher_layers=[-2]"]
+    settings = [*settings, *hidden, "search.seeds=2", "search.settled=0"]
+    unbroken = searched(calibrated, tmp_path / "unbroken", settings)
+    assert [len(rung.losses[unbroken.chosen]) for rung in unbroken.rungs] == [1, 2, 2, 2]
+    assert all(len({*rung.losses[unbroken.chosen]}) == 2 for rung in unbroken.rungs[1:])  # another order of the data
+    run = shutil.copytree(calibrated, tmp_path / "run")
+    command = ["search", f"run.dir={run}", *settings, "search.together=2"]
+    for how in ENDS:
+        with running(tmp_path / "log", *command, prepare=functools.partial(signalled, *how)) as ranks:
+            if how[0] == signal.SIGKILL:
+                with pytest.raises(Died):
+                    ranks.results(timeout=300)
+            else:
+                assert ranks.results(timeout=300) == [75], how
+        assert Results.load(run).chosen is None, how
+        assert len([*run.glob("search/*/step_*")]) <= 2 * 3, how
+    assert minitron(tmp_path / "log", *command).code == 0
+    assert same(Results.load(run), unbroken)
+    assert not (run / "search").exists()
+
+
+def test_another_budget_is_searched_anew_until_something_is_trained(calibrated, settings, tmp_path):
+    run = shutil.copytree(calibrated, tmp_path / "run")
+    short = [*settings, "search.rungs=[1]", "search.finalists=1", "search.tokens=64"]
+    assert minitron(tmp_path / "log", "search", f"run.dir={run}", *short).code == 0
+    assert minitron(tmp_path / "log", "search", f"run.dir={run}", *short, "search.params=180e3").code == 0
+    results = Results.load(run)
+    assert (results.settings["params"], results.rungs[-1].steps) == (180e3, 0)  # one finalist needs no training
+    assert abs(results.candidate(results.chosen).costs["params"] / 180e3 - 1) <= 0.05
