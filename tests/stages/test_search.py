@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron.arch.arch import Arch
 from minitron.search.candidates import Results
-from tests.oracles.metrics import without_costs
 from tests.multirank.ranks import Died
+from tests.oracles.metrics import without_costs
 from tests.stages.commands import minitron, running
 
 RUNGS = [2, 4, 6]
