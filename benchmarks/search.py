@@ -1,8 +1,9 @@
 """Does a search pay? The sizes that it chooses against others within the same budget, and its cost against distilling every finalist by itself.
 
-With the first seed the ladder is climbed, and each of its finalists is distilled separately to the last rung: same cut, text, order and steps. With the
-other seeds (other held-out documents, calibration, order) three of them are: the chosen one, the widest, and the one in the middle of the order that
-the losses before any training give. Seconds are those of the work alone, without start-up, tokenising and calibration, which both ways need once.
+With the first seed the ladder is climbed, and each of its finalists is distilled separately to the last rung: same cut, text, order and steps.
+With the other seeds (other held-out documents, calibration, order) three candidates are: the chosen one, the widest, and the one in the middle of
+the order that the losses before any training give. Seconds are those of the work alone, without start-up, tokenising and calibration, which both
+ways need once.
 Arguments after the options are settings of minitron, for example `search.rungs=[20,40,80]`.
 """
 
@@ -45,7 +46,7 @@ def calibrated(opened: Any) -> None:
 
 
 def alone(cfg: Config, candidate: Candidate, folder: Path) -> tuple[float, float]:
-    """(held-out loss after the last rung's steps, seconds) of a candidate that is cut and distilled by itself, from the tokens and scores in run.dir."""
+    """(held-out loss after the last rung's steps, seconds) of a candidate that is cut and distilled by itself, from run.dir's tokens and scores."""
     made = Path(cfg.run.dir)
     folder.mkdir()
     for name in ("stages.json", "config.yaml", "importance.safetensors", "source.json"):
@@ -65,7 +66,8 @@ def alone(cfg: Config, candidate: Candidate, folder: Path) -> tuple[float, float
     seconds = 0.0
     for verb, work in (("prune", prune.work), ("distill", distill.work)):
         with session(mine, verb) as opened:
-            opened.source, opened.data if verb == "distill" else None
+            if verb == "distill":
+                opened.data  # noqa: B018 -- found as it is
             started = time.perf_counter()
             work(opened)
             seconds += time.perf_counter() - started
@@ -118,8 +120,8 @@ def main() -> None:
     apart = sum(spent[name] for name in finalists)
     winner = min(finalists, key=lambda name: losses[name][0])
     notes = [
-        f"{len(results.candidates)} candidates of a grid of {results.grid}; {len(finalists)} finalists; rungs after {cfg.search.rungs} steps of "
-        f"{cfg.train.global_batch_size * cfg.train.seq_length:,} tokens; {cfg.dtype}; loss in nats per token on {cfg.search.tokens:,} held-out tokens",
+        f"{len(results.candidates)} candidates of a grid of {results.grid}; {len(finalists)} finalists; rungs after {cfg.search.rungs} steps "
+        f"of {cfg.train.global_batch_size * cfg.train.seq_length:,} tokens; {cfg.dtype}; nats per token on {cfg.search.tokens:,} held-out tokens",
         f"the ladder took {taken:.0f} s, the {len(finalists)} separate distillations {apart:.0f} s: ratio {taken / apart:.2f}; "
         f"it chose {results.chosen}, and {winner} is the best of those distilled separately with its seed",
         "Kendall's tau from rung to rung: " + ", ".join("–" if rung.tau is None else f"{rung.tau:.2f}" for rung in results.rungs[1:]),
