@@ -20,7 +20,7 @@ from minitron.weights.load import load
 from minitron.weights.save import export
 from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
-from tests.oracles.models import BIASES, UNTIED, hf_model, same_tensors, saved_tensors, tokens_of
+from tests.oracles.models import BIASES, NEMOTRON, UNTIED, hf_model, same_tensors, saved_tensors, tokens_of
 from tests.oracles.models import save_model as save_hf
 from tests.oracles.sharded import of_last_stage, whole_logits
 from tests.oracles.slicing import sliced
@@ -148,17 +148,17 @@ def test_a_pruned_model_saved_at_any_layout_is_loaded_at_another(layout, shards,
 def cases(draw, layers=3):
     """A model's config and a target that is smaller in any number of ways."""
     groups, per_group = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    heads, biased = groups * per_group, draw(st.booleans())
+    heads, biased, nemotron = groups * per_group, draw(st.booleans()), draw(st.booleans())
     config = {
         "num_hidden_layers": draw(st.integers(1, layers)), "hidden_size": heads * draw(st.integers(2, 6)),
         "intermediate_size": draw(st.integers(2, 20)), "num_attention_heads": heads, "num_key_value_heads": groups,
         "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
-        "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}),
+        "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}), **(NEMOTRON if nemotron else {}),
     }  # fmt: skip
     new_groups = draw(st.integers(1, groups))
     new_heads = new_groups * draw(st.integers(1, per_group))
-    # transformers loads a model with biases only if the heads divide the width
-    widths = st.integers(1, config["hidden_size"]).filter(lambda width: not biased or width % new_heads == 0)
+    # transformers loads a Llama with biases only if the heads divide the width
+    widths = st.integers(1, config["hidden_size"]).filter(lambda width: nemotron or not biased or width % new_heads == 0)
     target = Target(
         num_layers=draw(st.integers(1, config["num_hidden_layers"])),
         hidden_size=draw(widths),
