@@ -165,7 +165,7 @@ class Session:
     def teacher(self) -> engine.Model:
         """The teacher, this rank's shard in `teacher_world`, without gradients; kept for the rest of the command."""
         world, source = self.teacher_world, self.teacher_source
-        model = load(source, world, self.dtype, self.spec(source.arch))
+        model = load(source, world, self.dtype, self.spec())
         model.requires_grad_(False)
         if self.cfg.teacher.offload and world.device.type == "cuda":
             model.offload(world.device)
@@ -173,7 +173,7 @@ class Session:
 
     def load_whole(self) -> engine.Model:
         """The model of model.path as it is trained."""
-        return load(self.source, self.world, self.dtype, self.spec(self.source.arch), self.cfg.train.recompute)
+        return load(self.source, self.world, self.dtype, self.spec(), self.cfg.train.recompute)
 
     def load_pruned(self) -> engine.Model:
         """The pruned model, before any retraining."""
@@ -190,12 +190,12 @@ class Session:
         return self._load(self.checkpoints.path(step))
 
     def _load(self, folder: Path) -> engine.Model:
-        return engine.load_model(folder, self.world, self.dtype, self.spec(self.source.arch), self.cfg.train.recompute)
+        return engine.load_model(folder, self.world, self.dtype, self.spec(), self.cfg.train.recompute)
 
-    def spec(self, arch: Arch) -> str:
-        """The spec that a model is trained and evaluated with. Raises RequestError where what is asked for can't be had."""
+    def spec(self) -> str:
+        """The spec that models are trained and evaluated with. Raises RequestError where what is asked for can't be had."""
         separate = self.cfg.data.separate_documents and (VERBS[self.verb].trains or self.verb == "cache")
-        return engine.pick_spec(self.cfg.spec, arch, self.world, separate)
+        return engine.pick_spec(self.cfg.spec, self.world, separate)
 
     def is_whole(self) -> bool:
         """Whether the folder is that of a model trained whole (`train`), not of a compression."""
@@ -298,10 +298,8 @@ def check_models(opened: Session) -> None:
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
         if (student := student_arch(opened)) is not None:
             check_hidden(cfg, student, opened.teacher_source.arch)
-        for model in (arch, opened.teacher_source.arch) if cfg.spec == "transformer_engine" else ():
-            opened.spec(model)
-    elif VERBS[opened.verb].trains and cfg.spec == "transformer_engine":
-        opened.spec(arch)
+    if cfg.spec == "transformer_engine" and ("teacher" in VERBS[opened.verb].groups or VERBS[opened.verb].trains):
+        opened.spec()
 
 
 def student_arch(opened: Session) -> Arch | None:

@@ -22,8 +22,10 @@ class Arch:
 
     Sizes are numbers of units, not bytes. `kv_channels` is the width of one head (head_dim); it never changes under
     pruning (arXiv 2407.14679, section 2.3). `rope` holds the rotary settings in Hugging Face's own terms
-    (`rope_type`, `rope_theta`, ... ) as a JSON string, so that the class stays hashable. `layers` holds one entry per block
-    where blocks differ; the sizes above are then the largest of them.
+    (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...) as a JSON string, so that the class stays hashable.
+    `activation_func` is "silu" or "squared_relu", `normalization` "RMSNorm" or "LayerNorm", whose weights lie around zero (what is
+    applied is 1 + weight) if `layernorm_zero_centered_gamma`. `layers` holds one entry per block where blocks differ; the sizes above
+    are then the largest of them.
     """
 
     family: str
@@ -39,6 +41,10 @@ class Arch:
     layernorm_epsilon: float = 1e-5
     add_qkv_bias: bool = False
     add_bias_linear: bool = False
+    gated_linear_unit: bool = True
+    activation_func: str = "silu"
+    normalization: str = "RMSNorm"
+    layernorm_zero_centered_gamma: bool = False
     rope: str = '{"rope_theta": 10000.0, "rope_type": "default"}'
     layers: tuple[Layer, ...] = ()
 
@@ -56,6 +62,11 @@ class Arch:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms have a bias."""
+        return self.normalization == "LayerNorm"
 
     def layer(self, number: int | None) -> "Arch":
         """The uniform architecture that block `number` is a block of; this one itself outside the blocks (None) or where blocks are alike."""

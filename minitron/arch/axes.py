@@ -62,8 +62,8 @@ GATE_UP = Dim("ffn", ("one", "one"), by="part")
 class Parameter:
     """One row of the table. `hf` holds one name per part of the first dim; `{layer}` stands for the layer's number.
 
-    `fused` is the name under Transformer Engine's fused modules where it differs; `when` is the Arch field that must be
-    true (or, with "not ", false) for the parameter to exist.
+    `fused` is the name under Transformer Engine's fused modules where it differs; `when` is what of Arch must be true (or, with
+    "not ", false) for the parameter to exist. Two rows may have one name, of which a model has one.
     """
 
     name: str
@@ -86,23 +86,31 @@ class Parameter:
 _LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 _Q, _K, _V, _O = (_HF + f"self_attn.{part}_proj." for part in "qkvo")
 _GATE, _UP, _DOWN = (_HF + f"mlp.{part}_proj." for part in ("gate", "up", "down"))
-_QKV_BIAS, _BIAS = ("add_qkv_bias|add_bias_linear",), ("add_bias_linear",)
+_QKV_BIAS, _BIAS, _NORM_BIAS = ("add_qkv_bias|add_bias_linear",), ("add_bias_linear",), ("norm_bias",)
+_GATED, _PLAIN = ("gated_linear_unit",), ("not gated_linear_unit",)
 
 PARAMETERS = (
     Parameter("embedding.word_embeddings.weight", (VOCAB, HIDDEN), 0, ("model.embed_tokens.weight",)),
     Parameter(_LAYER + "input_layernorm.weight", (HIDDEN,), None, (_HF + "input_layernorm.weight",),
               fused=_LAYER + "self_attention.linear_qkv.layer_norm_weight"),
+    Parameter(_LAYER + "input_layernorm.bias", (HIDDEN,), None, (_HF + "input_layernorm.bias",),
+              fused=_LAYER + "self_attention.linear_qkv.layer_norm_bias", when=_NORM_BIAS),
     Parameter(_LAYER + "self_attention.linear_qkv.weight", (QKV, HIDDEN), 0, (_Q + "weight", _K + "weight", _V + "weight")),
     Parameter(_LAYER + "self_attention.linear_qkv.bias", (QKV,), 0, (_Q + "bias", _K + "bias", _V + "bias"), when=_QKV_BIAS),
     Parameter(_LAYER + "self_attention.linear_proj.weight", (HIDDEN, HEADS), 1, (_O + "weight",)),
     Parameter(_LAYER + "self_attention.linear_proj.bias", (HIDDEN,), None, (_O + "bias",), when=_BIAS),
     Parameter(_LAYER + "pre_mlp_layernorm.weight", (HIDDEN,), None, (_HF + "post_attention_layernorm.weight",),
               fused=_LAYER + "mlp.linear_fc1.layer_norm_weight"),
-    Parameter(_LAYER + "mlp.linear_fc1.weight", (GATE_UP, HIDDEN), 0, (_GATE + "weight", _UP + "weight")),
-    Parameter(_LAYER + "mlp.linear_fc1.bias", (GATE_UP,), 0, (_GATE + "bias", _UP + "bias"), when=_BIAS),
+    Parameter(_LAYER + "pre_mlp_layernorm.bias", (HIDDEN,), None, (_HF + "post_attention_layernorm.bias",),
+              fused=_LAYER + "mlp.linear_fc1.layer_norm_bias", when=_NORM_BIAS),
+    Parameter(_LAYER + "mlp.linear_fc1.weight", (GATE_UP, HIDDEN), 0, (_GATE + "weight", _UP + "weight"), when=_GATED),
+    Parameter(_LAYER + "mlp.linear_fc1.bias", (GATE_UP,), 0, (_GATE + "bias", _UP + "bias"), when=_BIAS + _GATED),
+    Parameter(_LAYER + "mlp.linear_fc1.weight", (FFN, HIDDEN), 0, (_UP + "weight",), when=_PLAIN),
+    Parameter(_LAYER + "mlp.linear_fc1.bias", (FFN,), 0, (_UP + "bias",), when=_BIAS + _PLAIN),
     Parameter(_LAYER + "mlp.linear_fc2.weight", (HIDDEN, FFN), 1, (_DOWN + "weight",)),
     Parameter(_LAYER + "mlp.linear_fc2.bias", (HIDDEN,), None, (_DOWN + "bias",), when=_BIAS),
     Parameter("decoder.final_layernorm.weight", (HIDDEN,), None, ("model.norm.weight",)),
+    Parameter("decoder.final_layernorm.bias", (HIDDEN,), None, ("model.norm.bias",), when=_NORM_BIAS),
     Parameter("output_layer.weight", (VOCAB, HIDDEN), 0, ("lm_head.weight",), when=("not share_embeddings_and_output_weights",)),
 )  # fmt: skip
 

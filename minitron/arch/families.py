@@ -14,7 +14,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family. `sizes` maps Arch fields to config keys; `requires` lists keys with the only values that are supported.
+    """One family. `sizes` maps Arch fields to config keys; `requires` lists keys with the only values that are supported; `fixed` are
+    fields of Arch that no key says. `partial_rotary`: a head may be turned in part, by `partial_rotary_factor`.
 
     `expresses` says which shapes transformers' own class of this family accepts; where a pruned shape falls outside, it is
     written as the family `otherwise`, which must compute the same function from the same tensors.
@@ -25,6 +26,8 @@ class Family:
     sizes: dict[str, str]
     requires: dict[str, tuple[Any, ...]]
     defaults: dict[str, Any]
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    partial_rotary: bool = False
     expresses: Callable[[Arch], bool] = lambda arch: True
     otherwise: str | None = None
 
@@ -63,7 +66,20 @@ MISTRAL = Family(
     defaults={**_DEFAULTS, "max_position_embeddings": 131072, "sliding_window": 4096},
     expresses=lambda arch: not (arch.add_bias_linear or arch.add_qkv_bias),
 )
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL)}
+# Nemotron-4 and the Minitrons pruned from it (arXiv 2407.14679)
+NEMOTRON = Family(
+    model_type="nemotron",
+    architecture="NemotronForCausalLM",
+    sizes={**_SIZES, "layernorm_epsilon": "norm_eps"},
+    requires={**_PLAIN, "hidden_act": ("relu2",)},
+    defaults={
+        "tie_word_embeddings": False, "norm_eps": 1e-5, "vocab_size": 256000, "hidden_act": "relu2", "max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.5,
+    },
+    fixed={"gated_linear_unit": False, "activation_func": "squared_relu", "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True},
+    partial_rotary=True,
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, NEMOTRON)}
 
 
 def from_hf(config: dict[str, Any], where: str) -> Arch:
@@ -89,15 +105,22 @@ def from_hf(config: dict[str, Any], where: str) -> Arch:
     if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
         raise RequestError(f"{where}: attention_bias={config.get('attention_bias')!r} without the same mlp_bias is not supported")
     values = {field: config[key] for field, key in family.sizes.items()}
-    return Arch(family=model_type, rope=_rope(config, where), add_bias_linear=bool(config.get("mlp_bias")), **values)
+    rope = _rope(config, where, family.partial_rotary)
+    return Arch(family=model_type, rope=rope, add_bias_linear=bool(config.get("mlp_bias")), **family.fixed, **values)
 
 
-def _rope(config: dict[str, Any], where: str) -> str:
+def _rope(config: dict[str, Any], where: str, partial: bool) -> str:
     """One dict of rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if "partial_rotary_factor" in config:
+        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    share = rope.get("partial_rotary_factor", 1.0)
+    if not (isinstance(share, int | float) and 0 < share <= 1) or (share < 1 and not partial):
+        allowed = "above 0, at most 1" if partial else "1.0"
+        raise RequestError(f"{where}: partial_rotary_factor={share!r} is not supported; allowed: {allowed}")
     if rope["rope_type"] not in ROPE_TYPES:
         raise RequestError(f"{where}: rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     return json.dumps(rope, sort_keys=True)

@@ -60,9 +60,7 @@ class Attention(MegatronModule):
                  softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any) -> None:  # fmt: skip
         super().__init__(config=config)
         self.context = pg_collection.cp
-        scale = softmax_scale or config.kv_channels**-0.5
-        # yarn and longrope stretch cos and sin by a factor: on queries and keys alike, so squared in the scores
-        self.softmax_scale = scale * getattr(config, "rope_attention_factor", 1.0) ** 2
+        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, attention_mask: Any,
                 attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> torch.Tensor:  # fmt: skip
@@ -89,12 +87,23 @@ class Attention(MegatronModule):
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
+class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm that multiplies by 1 + weight (LayerNorm1p), in the weight's own type as transformers does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Of the last dim."""
+        return torch.nn.functional.layer_norm(input, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+
+# by kind, and whether weights lie around zero
+NORMS = {("RMSNorm", False): torch.nn.RMSNorm, ("LayerNorm", False): torch.nn.LayerNorm, ("LayerNorm", True): ZeroCentredLayerNorm}
+
+
 class Norm:
-    """torch's norms with the mark that makes Megatron sum a norm's gradient over sequence-parallel ranks."""
+    """A norm of plain torch, with the mark that makes Megatron sum its gradient over sequence-parallel ranks."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> Any:
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm = NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -113,12 +122,12 @@ class Rotary(torch.nn.Module):
         self.cache: dict[int, torch.Tensor] = {}
 
     def inverse_frequencies(self, seq_length: int) -> tuple[torch.Tensor, float]:
-        """[D / 2] frequencies and the factor on cos and sin for sequences of this length."""
+        """[R / 2] frequencies and the factor on cos and sin for sequences of this length; R: the channels of a head that are turned."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         rope = self.settings.rope_parameters
         if rope["rope_type"] == "default":
-            dim = self.settings.head_dim
+            dim = int(self.settings.head_dim * rope.get("partial_rotary_factor", 1.0))
             steps = torch.arange(0, dim, 2, dtype=torch.int64, device=self.device).float() / dim
             return 1.0 / (rope["rope_theta"] ** steps), 1.0
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.settings, self.device, seq_len=seq_length)
@@ -129,7 +138,8 @@ class Rotary(torch.nn.Module):
         return int(held.size(0)) * (config.tensor_model_parallel_size if config.sequence_parallel else 1) * self.cp
 
     def forward(self, seq_length: int, **unused: Any) -> torch.Tensor:
-        """Angles [S, 1, 1, D] of this rank's part of the sequence, the two halves of a head turned together (not interleaved)."""
+        """Angles [S, 1, 1, R] of this rank's part of the sequence, the two halves of the first R channels of a head turned together (not
+        interleaved); the other channels stay as they are."""
         if seq_length not in self.cache:
             frequencies, _ = self.inverse_frequencies(seq_length)
             angles = torch.outer(torch.arange(seq_length, dtype=torch.float32, device=self.device), frequencies)

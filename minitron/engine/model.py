@@ -4,6 +4,7 @@ Shapes: S sequence (a rank's part under sequence and context parallelism), B bat
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,6 @@ from minitron.engine.parallel import World, inside
 from minitron.engine.specs import SPECS, rope_settings, transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ROWS = {row.name: row for row in PARAMETERS} | {row.fused: row for row in PARAMETERS if row.fused}
 
 
 class Chunk(GPTModel):
@@ -112,16 +112,24 @@ def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", 
     return Model(chunks, arch)
 
 
+@functools.cache
+def rows_by_name(arch: Arch) -> dict[str, Parameter]:
+    """The rows of a model of this architecture by both of their names."""
+    mine = [row for row in PARAMETERS if row.exists(arch)]
+    return {row.name: row for row in mine} | {row.fused: row for row in mine if row.fused}
+
+
 def table_row(name: str, model: Model) -> tuple[Parameter, int | None]:
     """The row of the table, and the layer's number in the whole model, of a parameter's local name."""
+    known = rows_by_name(model.arch)
     chunk, _, name = name.partition(".")
     if name == "output_layer.weight" and model.arch.share_embeddings_and_output_weights:
-        return ROWS["embedding.word_embeddings.weight"], None  # the last stage's copy of a tied embedding
+        return known["embedding.word_embeddings.weight"], None  # the last stage's copy of a tied embedding
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
-        return ROWS[name], None
+        return known[name], None
     layer = model.chunks[int(chunk)].decoder.layers[int(match.group(1))].layer_number - 1
-    return ROWS[f"decoder.layers.{{layer}}.{match.group(2)}"], layer
+    return known[f"decoder.layers.{{layer}}.{match.group(2)}"], layer
 
 
 def rows(model: Model) -> Iterator[tuple[str, Parameter, int | None]]:

@@ -6,6 +6,7 @@ Two specs: torch's modules, which run anywhere, and Transformer Engine's.
 import copy
 import importlib.util
 import json
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from minitron.arch.shards import padded, stage_layers
 from minitron.engine.attention import Attention, Norm, Rotary
 from minitron.engine.parallel import World
 from minitron.errors import refuse
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2, as plain torch: Megatron's own asks for a compiler."""
+    return torch.relu(x).square()
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}
 
 
 class BlockConfigs(TransformerConfig):
@@ -57,10 +66,11 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        normalization="RMSNorm",
+        normalization=arch.normalization,
+        layernorm_zero_centered_gamma=arch.layernorm_zero_centered_gamma,
         layernorm_epsilon=arch.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=arch.gated_linear_unit,
+        activation_func=ACTIVATIONS[arch.activation_func],
         add_bias_linear=arch.add_bias_linear,
         add_qkv_bias=arch.add_qkv_bias,
         hidden_dropout=0.0,
@@ -82,7 +92,8 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
     if world.vpp > 1 and world.device.type == "cuda":
         # each direction on a communicator of its own: with two stages, the previous and the next rank are one peer
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
-    config.rope_attention_factor = rope_factor(arch)
+    if (factor := rope_factor(arch)) != 1.0:  # Megatron makes its factor on cos and sin of these three: here, 1 + 0.1 x mscale x log(scaling)
+        config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
     config.heterogeneous_block_specs = bool(arch.layers)
     config.blocks = tuple(padded(arch.layer(number), world.tp) for number in range(arch.num_layers))
     return config
@@ -160,7 +171,7 @@ def transformer_engine_spec(config: TransformerConfig, vp_stage: int | None) -> 
 SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
 
 
-def pick_spec(setting: str, arch: Arch, world: World, separate_documents: bool = False) -> str:
+def pick_spec(setting: str, world: World, separate_documents: bool = False) -> str:
     """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present and it can do what is asked.
 
     Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
@@ -170,8 +181,6 @@ def pick_spec(setting: str, arch: Arch, world: World, separate_documents: bool =
         reason = "Transformer Engine needs a GPU"
     elif importlib.util.find_spec("transformer_engine") is None:
         reason = "the package transformer-engine is not installed"
-    elif rope_factor(arch) != 1.0:
-        reason = "Transformer Engine's attention can't take the factor that this rope_type puts on the angles"
     elif separate_documents:
         reason = "Transformer Engine's attention is not told of the documents of data.separate_documents=true"
     if setting == "transformer_engine" and reason is not None:

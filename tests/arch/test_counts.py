@@ -1,4 +1,6 @@
-"""Parameter counts: published figures, and those of the models that `transformers` builds."""
+"""Parameter counts: published figures, and those of the models that `transformers` and Megatron build."""
+
+import math
 
 import pytest
 import torch
@@ -8,67 +10,80 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.arch.arch import Arch
+from minitron.arch.axes import parameters
 from minitron.arch.counts import count
-from minitron.arch.families import from_hf, to_hf
+from minitron.arch.families import FAMILIES, from_hf, to_hf
+from minitron.arch.shards import shard_shape
+from minitron.engine.model import rows, skeleton
 from minitron.errors import RequestError
-from tests.oracles.models import UNTIED, config_of
+from tests.oracles.models import NEMOTRON, UNTIED, config_of
+from tests.oracles.published import CONFIGS, PARAMETERS
 
-SMOLLM2 = {
-    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
-LLAMA31_8B = {
-    "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-}  # fmt: skip
-MINITRON_4B_WIDTH = {**LLAMA31_8B, "hidden_size": 3072, "intermediate_size": 9216, "head_dim": 128}  # nvidia/Llama-3.1-Minitron-4B-Width-Base
-MINITRON_4B_DEPTH = {**LLAMA31_8B, "num_hidden_layers": 16}  # nvidia/Llama-3.1-Minitron-4B-Depth-Base
+SMOLLM2 = CONFIGS["SmolLM2-135M"]
+NEWER = ("gated_linear_unit", "activation_func", "normalization", "layernorm_zero_centered_gamma")  # an arch.json may be older than these
 
 
-def built(config):
-    """The number of parameters of the model that transformers builds, without memory."""
+def model_of(config):
+    """The model that transformers builds, without memory."""
     settings = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    return model.num_parameters()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(SMOLLM2, 134_515_008), (LLAMA31_8B, 8_030_261_248)], ids=["SmolLM2-135M", "Llama-3.1-8B"])
-def test_published_models(config, parameters):
-    assert from_hf(config, "x").num_parameters() == parameters == built(config)
-
-
-@pytest.mark.parametrize(("config", "billions"), [(MINITRON_4B_WIDTH, 4.51), (MINITRON_4B_DEPTH, 4.54)], ids=["width", "depth"])
-def test_published_minitrons(config, billions):
-    parameters = from_hf(config, "x").num_parameters()
-    assert round(parameters / 1e9, 2) == billions
-    assert parameters == built(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_models(name):
+    """To the digits that are printed."""
+    parameters = from_hf(CONFIGS[name], "x").num_parameters()
+    digits, unit = PARAMETERS[name].split()
+    assert f"{parameters / {'M': 1e6, 'B': 1e9}[unit]:.{len(digits.split('.')[1])}f}" == digits
+    assert parameters == model_of(CONFIGS[name]).num_parameters()
 
 
 @st.composite
-def configs(draw):
-    groups = draw(st.integers(1, 5))
-    heads = groups * draw(st.integers(1, 4))
-    biases = draw(st.booleans())
-    model_type = "llama" if biases else draw(st.sampled_from(["llama", "mistral"]))
-    hidden = draw(st.integers(1, 9)) * (heads if model_type == "llama" else 7)
+def configs(draw, model_type):
+    """Any shape that transformers' class of this family accepts."""
+    groups, heads_per_group = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    heads = groups * heads_per_group
+    biases = model_type != "mistral" and draw(st.booleans())
     config = {
-        "model_type": model_type, "num_hidden_layers": draw(st.integers(1, 4)), "hidden_size": hidden, "intermediate_size": draw(st.integers(1, 70)),
+        "model_type": model_type, "num_hidden_layers": draw(st.integers(1, 2)),
+        "hidden_size": draw(st.integers(1, 9)) * (heads if model_type == "llama" else 7), "intermediate_size": draw(st.integers(1, 70)),
         "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 2 * draw(st.integers(1, 9)), "vocab_size": draw(st.integers(2, 90)),
-        "max_position_embeddings": 32, "tie_word_embeddings": draw(st.booleans()), "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32, "tie_word_embeddings": draw(st.booleans()),
     }  # fmt: skip
-    return config | ({"attention_bias": True, "mlp_bias": True} if biases else {}) | ({"sliding_window": None} if model_type == "mistral" else {})
+    beside = {
+        "llama": {"rms_norm_eps": 1e-5},
+        "mistral": {"rms_norm_eps": 1e-5, "sliding_window": None},
+        "nemotron": {"norm_eps": 1e-4, "partial_rotary_factor": draw(st.sampled_from([0.25, 0.5, 1.0]))},
+    }
+    return config | beside[model_type] | ({"attention_bias": True, "mlp_bias": True} if biases else {})
 
 
-@given(configs())
-@settings(max_examples=40)
-def test_any_shape_counts_what_transformers_builds(config):
-    arch = from_hf(config, "x")
-    assert arch.num_parameters() == built(config)
-    assert from_hf(to_hf(arch, config), "x") == arch
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_any_shape_is_what_transformers_and_megatron_build(model_type, alone):
+    """The table's count, names and shapes, of 200 random shapes."""
+    tried = []
+
+    @given(configs(model_type))
+    @settings(max_examples=200, derandomize=True, database=None)
+    def holds(config):
+        arch, theirs = from_hf(config, "x"), dict(model_of(config).named_parameters())
+        assert arch.num_parameters() == sum(tensor.numel() for tensor in theirs.values())
+        assert {name.format(layer=layer) for row, layer in parameters(arch) for name in row.hf} == set(theirs)
+        model = skeleton(arch, alone, torch.float32)
+        ours = {(row.name, layer): tuple(model.get_parameter(name).shape) for name, row, layer in rows(model)}
+        assert ours == {(row.name, layer): shard_shape(row, arch, 1) for row, layer in parameters(arch)}
+        assert arch.num_parameters() == sum(math.prod(shape) for shape in ours.values())
+        assert from_hf(to_hf(arch, config), "x") == arch
+        tried.append((arch.share_embeddings_and_output_weights, arch.add_bias_linear))
+
+    holds()
+    assert len(tried) >= 200
+    assert {tied for tied, _ in tried} == {True, False}
+    assert {biased for _, biased in tried} == ({False} if model_type == "mistral" else {True, False})
 
 
-@pytest.mark.parametrize("changes", [{}, UNTIED, {"head_dim": 14}, {"num_key_value_heads": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, UNTIED, {"head_dim": 14}, {"num_key_value_heads": 1}, {**NEMOTRON, "hidden_size": 50}], ids=str)
 def test_costs_of_a_forward_pass_are_those_that_torch_counts(changes):
     config, batch, length = config_of(**changes), 2, 10
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -99,6 +114,7 @@ def test_an_architecture_survives_its_json_form():
     arch = from_hf({**SMOLLM2, "rope_parameters": {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0}}, "x")
     assert Arch.from_dict(arch.to_dict()) == arch
     assert arch.rope_parameters == {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0}
+    assert Arch.from_dict({key: value for key, value in arch.to_dict().items() if key not in NEWER}) == arch
     with pytest.raises(RequestError, match="arch: unknown sizes depth"):
         Arch.from_dict({**arch.to_dict(), "depth": 3})
     with pytest.raises(RequestError, match=r"arch: .*missing.*hidden_size"):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from minitron.arch.families import ROPE_TYPES, from_hf, to_hf
 from minitron.errors import RequestError
+from tests.oracles.published import CONFIGS
 
 PLAIN = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
 
@@ -14,7 +15,7 @@ PLAIN = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "inte
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, nemotron"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type .* is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: 'silu'"),
@@ -32,6 +33,13 @@ PLAIN = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "inte
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported; supported: default, linear"),
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_type 'spiral' is not supported"),
         ({"head_dim": "8"}, "kv_channels='8': a positive whole number is needed"),
+        ({"model_type": "nemotron", "hidden_act": "silu"}, "hidden_act='silu' is not supported; allowed: 'relu2'"),
+        ({"model_type": "nemotron", "partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is not supported; allowed: above 0, at most 1"),
+        ({"model_type": "nemotron", "partial_rotary_factor": None}, "partial_rotary_factor=None is not supported"),
+        ({"model_type": "nemotron", "rope_parameters": {"partial_rotary_factor": 0}}, "partial_rotary_factor=0 is not supported"),
+        ({"model_type": "nemotron", "attention_bias": True}, "attention_bias=True without the same mlp_bias is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; allowed: 1.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported; allowed: 1.0"),
         ({"vocab_size": 10.5}, "vocab_size=10.5: a positive whole number is needed"),
     ],
     ids=str,
@@ -54,6 +62,18 @@ def test_a_config_that_cannot_be_expressed_is_refused_in_one_line(change, said):
         {**PLAIN, "rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}},
         {**PLAIN, "model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2},
         {**PLAIN, "attention_bias": True, "mlp_bias": True},
+        {**PLAIN, "partial_rotary_factor": 1.0},
+        {**PLAIN, "model_type": "nemotron", "num_key_value_heads": 2},
+        {**PLAIN, "model_type": "nemotron", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "norm_eps": 1e-3},
+        {
+            **PLAIN,
+            "model_type": "nemotron",
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.2},
+            "partial_rotary_factor": 0.3,
+        },
+        CONFIGS["Minitron-8B"],
+        CONFIGS["Minitron-4B"],
     ],
     ids=str,
 )
@@ -64,7 +84,7 @@ def test_defaults_are_those_of_transformers(config, tmp_path):
         "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
         "num_attention_heads": "num_attention_heads", "num_query_groups": "num_key_value_heads", "vocab_size": "vocab_size",
         "max_position_embeddings": "max_position_embeddings", "share_embeddings_and_output_weights": "tie_word_embeddings",
-        "layernorm_epsilon": "rms_norm_eps",
+        "layernorm_epsilon": "norm_eps" if config["model_type"] == "nemotron" else "rms_norm_eps",
     }.items():  # fmt: skip
         assert getattr(arch, field) == getattr(theirs, key), field
     assert arch.rope_parameters == {key: value for key, value in theirs.rope_parameters.items() if key != "type"}

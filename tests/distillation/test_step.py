@@ -13,7 +13,7 @@ from minitron.weights.load import load
 from minitron.weights.save import export
 from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
-from tests.oracles.models import BIASES, UNTIED, hf_model, save_model, saved_tensors, tokens_of
+from tests.oracles.models import BIASES, NEMOTRON, UNTIED, hf_model, save_model, saved_tensors, tokens_of
 from tests.oracles.training import distil, learning_rate
 
 BATCH, LENGTH, STEPS, TEMPERATURE = 8, 12, 4, 2.0
@@ -40,7 +40,19 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def nemotrons(tmp_path_factory):
+    """As `folders`, of another family."""
+    root = tmp_path_factory.mktemp("nemotrons")
+    return {"nemotron": (save_model(root / "student", 4, **SMALLER, **NEMOTRON), save_model(root / "teacher", 5, **NEMOTRON, **UNTIED))}
+
+
+@pytest.fixture(scope="module")
 def expected(folders):
+    return plainly(folders)
+
+
+def plainly(folders):
+    """What `battery` must find."""
     return {name: distil(*pair, global_batches(), Train(**SETTINGS), TEMPERATURE) for name, pair in folders.items()}
 
 
@@ -85,6 +97,16 @@ def dead_parts(model, world):
 @pytest.mark.multirank
 @pytest.mark.parametrize(("layout", "micro_batch_size"), RUNS, ids=str)
 def test_steps_are_those_of_plain_models_and_adamw(layout, micro_batch_size, folders, expected, tmp_path):
+    check_steps(layout, micro_batch_size, folders, expected, tmp_path)
+
+
+@pytest.mark.multirank
+def test_steps_of_another_family(nemotrons, tmp_path):
+    check_steps(Layout(tp=2, pp=2, sp=True), 2, nemotrons, plainly(nemotrons), tmp_path)
+
+
+def check_steps(layout, micro_batch_size, folders, expected, tmp_path):
+    """Loss, gradient norm and rate of every step, and the tensors after the last."""
     ranks = on_ranks(battery, layout, folders, micro_batch_size, tmp_path)
     for name, (lines, tensors) in expected.items():
         for rank in ranks:

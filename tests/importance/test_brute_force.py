@@ -18,10 +18,10 @@ from minitron.weights.load import load
 from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.importance import AGGREGATE, Recorded, magnitudes
-from tests.oracles.models import BIASES, UNTIED, same_tensors, save_model, tokens_of
+from tests.oracles.models import BIASES, NEMOTRON, UNTIED, same_tensors, save_model, tokens_of
 
 # of each model, the aggregations (over samples, over tokens) that are compared
-PAIRS = {"tied": [("l2", "mean")], "biases": list(itertools.product(AGGREGATIONS, AGGREGATIONS))}
+PAIRS = {"tied": [("l2", "mean")], "nemotron": [("l2", "mean")], "biases": list(itertools.product(AGGREGATIONS, AGGREGATIONS))}
 LAYOUTS = [
     Layout(), Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=True), Layout(dp=2), Layout(pp=2), Layout(pp=4), Layout(tp=2, pp=2, sp=True),
     Layout(tp=2, dp=2), Layout(tp=3, sp=True), Layout(cp=2), Layout(cp=3), Layout(tp=2, cp=2), Layout(tp=2, cp=2, sp=True), Layout(pp=2, vpp=2),
@@ -35,6 +35,7 @@ def models(tmp_path_factory):
     return {
         "tied": save_model(root / "tied", 1),
         "biases": save_model(root / "biases", 2, **BIASES, **UNTIED, num_key_value_heads=2, head_dim=10),
+        "nemotron": save_model(root / "nemotron", 3, **NEMOTRON, **BIASES, hidden_size=50),
     }
 
 

@@ -37,9 +37,9 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, **changes: Any) -> Path:
     """A random model whose kinds of units are all of odd number."""
-    return save_model(folder, 11, **MODEL)
+    return save_model(folder, 11, **MODEL, **changes)
 
 
 def at_layout(world: Any, folder: Path, out: Path) -> dict[str, Any]:

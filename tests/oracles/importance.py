@@ -71,9 +71,9 @@ def magnitudes(folder: Path, config) -> dict[str, np.ndarray]:
     found = {}
     per_layer = [np.zeros(1) for _ in range(config.num_hidden_layers)]
     for name, tensor in tensors.items():
-        if name.endswith("bias"):
+        if name.endswith("proj.bias"):
             across = tensor if "o_proj" in name or "down_proj" in name else None
-        elif tensor.ndim == 1:
+        elif tensor.ndim == 1:  # a norm's weight or bias
             across = tensor
         else:  # [rows, hidden], or [hidden, columns] where a block writes into the residual stream
             across = tensor.T if "o_proj" in name or "down_proj" in name else tensor
@@ -92,7 +92,8 @@ def magnitudes(folder: Path, config) -> dict[str, np.ndarray]:
         def columns(part, base=base):
             return (tensors[f"{base}{part}.weight"] ** 2).sum(axis=0)
 
-        found[f"ffn.{layer}"] = np.sqrt(rows("mlp.gate_proj") + rows("mlp.up_proj") + columns("mlp.down_proj"))
+        gate = rows("mlp.gate_proj") if f"{base}mlp.gate_proj.weight" in tensors else 0
+        found[f"ffn.{layer}"] = np.sqrt(gate + rows("mlp.up_proj") + columns("mlp.down_proj"))
         query = (rows("self_attn.q_proj") + columns("self_attn.o_proj")).reshape(heads, width).sum(axis=1)
         key_value = (rows("self_attn.k_proj") + rows("self_attn.v_proj")).reshape(groups, width).sum(axis=1)
         found[f"heads.{layer}"] = np.sqrt(query)

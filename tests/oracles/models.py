@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig, PreTrainedConfig, PreTrainedModel
 
 TINY = {
     "num_hidden_layers": 4, "hidden_size": 48, "intermediate_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
@@ -12,6 +12,7 @@ TINY = {
 }  # fmt: skip
 BIASES = {"attention_bias": True, "mlp_bias": True}
 UNTIED = {"tie_word_embeddings": False}
+NEMOTRON = {"model_type": "nemotron"}
 
 
 def _rope(kind: str, theta: float = 10000.0, **settings: Any) -> dict[str, Any]:
@@ -39,19 +40,31 @@ ZOO: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "llama3": _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    "nemotron": {**NEMOTRON, **UNTIED, "num_key_value_heads": 2},
+    "nemotron_biases": {**NEMOTRON, **BIASES, "hidden_size": 50, "rms_norm_eps": 1e-3, **_rope("default", partial_rotary_factor=0.7)},
+    "nemotron_yarn": {
+        **NEMOTRON, **_rope("yarn", factor=4.0, original_max_position_embeddings=16, partial_rotary_factor=0.75), "num_key_value_heads": 1,
+    },
 }  # fmt: skip
 
 
-def config_of(**changes: Any) -> LlamaConfig | MistralConfig:
-    """TINY with changes, as the class that accepts the shape: LlamaConfig refuses a hidden size that the heads don't divide."""
+def config_of(**changes: Any) -> PreTrainedConfig:
+    """TINY with changes, as the class that accepts the shape: LlamaConfig refuses a hidden size that the heads don't divide. `model_type`
+    may name another family; sizes have Llama's names all the same."""
     sizes = {**TINY, **changes}
+    if sizes.pop("model_type", None) == "nemotron":
+        return NemotronConfig(norm_eps=sizes.pop("rms_norm_eps"), **sizes)
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         return MistralConfig(**sizes, sliding_window=None)
     return LlamaConfig(**sizes)
 
 
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Weights under which every part matters: fresh norms are all ones, fresh biases zero, and fresh matrices so small that nothing stands out."""
+    """Weights under which every part matters: fresh norms are all ones, fresh biases zero, and fresh matrices so small that nothing stands out.
+
+    Norms are near what leaves lengths alone: ones, or zeros where 1 is added to them.
+    """
+    centre = 0.0 if model.config.model_type == "nemotron" else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -59,7 +72,7 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             if tensor.dim() > 1:
                 tensor.copy_(noise * (1.0 if "embed" in name else 1.5 / tensor.shape[1] ** 0.5))
             else:
-                tensor.copy_(noise * 0.3 + ("norm" in name))
+                tensor.copy_(noise * 0.3 + centre * name.endswith("norm.weight"))
     return model
 
 

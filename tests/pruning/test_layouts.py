@@ -2,23 +2,29 @@
 
 import pytest
 
+from tests.multirank.ranks import Layout
 from tests.oracles.exact import LAYOUTS, compared, make_model, oracle_scores
+from tests.oracles.models import BIASES, NEMOTRON
+
+MODELS = {"llama": {}, "nemotron": {**NEMOTRON, **BIASES}}
+RUNS = [("llama", layout) for layout in LAYOUTS]
+RUNS += [("nemotron", layout) for layout in (Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2))]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model") / "model")
+def folders(tmp_path_factory):
+    return {name: make_model(tmp_path_factory.mktemp(name) / "model", **changes) for name, changes in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
-def oracle(folder):
-    return oracle_scores(folder)
+def oracles(folders):
+    return {name: oracle_scores(folder) for name, folder in folders.items()}
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_axis_at_every_layout(layout, folder, oracle, tmp_path):
-    row = compared(layout, folder, tmp_path, oracle)
+@pytest.mark.parametrize(("model", "layout"), RUNS, ids=str)
+def test_every_axis_at_every_layout(model, layout, folders, oracles, tmp_path):
+    row = compared(layout, folders[model], tmp_path, oracles[model])
     assert row["kept ≠"] == row["tensors ≠"] == 0
     assert row["logits"] < 1e-4
     errors = {axis: row[axis] for axis in ("hidden", "ffn", "heads", "groups", "layers.bi", "layers.loss")}

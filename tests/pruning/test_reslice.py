@@ -20,7 +20,7 @@ from minitron.weights.load import load
 from minitron.weights.save import export
 from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
-from tests.oracles.models import BIASES, UNTIED, hf_model, same_tensors, saved_tensors, tokens_of
+from tests.oracles.models import BIASES, NEMOTRON, UNTIED, hf_model, same_tensors, saved_tensors, tokens_of
 from tests.oracles.models import save_model as save_hf
 from tests.oracles.sharded import of_last_stage, whole_logits
 from tests.oracles.slicing import sliced
@@ -32,6 +32,7 @@ MODELS = {
     # nothing of this one needs padding on 2 or 4 ranks
     "one_head_groups": {**BIG, "num_key_value_heads": 12, "vocab_size": 60},
 }
+RESHARDED = {**MODELS, "nemotron": {**BIG, **NEMOTRON}}  # this one is cut in every way in test_layouts.py
 TARGETS = {
     "width": Target(hidden_size=24, ffn_hidden_size=36, num_query_groups=0.7),
     "everything": Target(num_layers=4, hidden_size=24, ffn_hidden_size=12, num_query_groups=0.5),
@@ -96,7 +97,7 @@ def exported(world, folders, shards, out):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {name: save_hf(root / name, seed, **changes) for seed, (name, changes) in enumerate(MODELS.items())}
+    return {name: save_hf(root / name, seed, **changes) for seed, (name, changes) in enumerate(RESHARDED.items())}
 
 
 def check_export(original, exported, keep, arch, logits):
@@ -113,7 +114,7 @@ def check_export(original, exported, keep, arch, logits):
 @pytest.mark.multirank
 @pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
 def test_the_exported_model_is_the_sliced_original(layout, folders, tmp_path):
-    ranks = on_ranks(battery, layout, folders, tmp_path)
+    ranks = on_ranks(battery, layout, {name: folders[name] for name in MODELS}, tmp_path)
     for (model, name), (_, keep, _, arch) in ranks[0].items():
         logits = of_last_stage([found[model, name][0] for found in ranks])
         check_export(folders[model], tmp_path / model / name, keep, arch, logits)
@@ -148,17 +149,17 @@ def test_a_pruned_model_saved_at_any_layout_is_loaded_at_another(layout, shards,
 def cases(draw, layers=3):
     """A model's config and a target that is smaller in any number of ways."""
     groups, per_group = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    heads, biased = groups * per_group, draw(st.booleans())
+    heads, biased, nemotron = groups * per_group, draw(st.booleans()), draw(st.booleans())
     config = {
         "num_hidden_layers": draw(st.integers(1, layers)), "hidden_size": heads * draw(st.integers(2, 6)),
         "intermediate_size": draw(st.integers(2, 20)), "num_attention_heads": heads, "num_key_value_heads": groups,
         "head_dim": 2 * draw(st.integers(1, 4)), "vocab_size": draw(st.integers(2, 30)),
-        "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}),
+        "tie_word_embeddings": draw(st.booleans()), **(BIASES if biased else {}), **(NEMOTRON if nemotron else {}),
     }  # fmt: skip
     new_groups = draw(st.integers(1, groups))
     new_heads = new_groups * draw(st.integers(1, per_group))
-    # transformers loads a model with biases only if the heads divide the width
-    widths = st.integers(1, config["hidden_size"]).filter(lambda width: not biased or width % new_heads == 0)
+    # transformers loads a Llama with biases only if the heads divide the width
+    widths = st.integers(1, config["hidden_size"]).filter(lambda width: nemotron or not biased or width % new_heads == 0)
     target = Target(
         num_layers=draw(st.integers(1, config["num_hidden_layers"])),
         hidden_size=draw(widths),

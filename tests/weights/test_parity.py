@@ -27,7 +27,7 @@ LAYOUTS = [
     Layout(cp=2),
     Layout(tp=2, cp=2),
 ]
-SCALED = ("theta", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROTATED = ("theta", "linear", "dynamic", "yarn", "longrope", "llama3", "nemotron", "nemotron_yarn")  # otherwise than is usual
 LENGTHS = (12, 48)  # inside and beyond the lengths that the scaled rotary kinds were made for
 
 
@@ -79,7 +79,7 @@ def test_logits_and_round_trip_of_every_model(layout, zoo, expected, tmp_path):
 def test_the_oracle_s_logits_would_show_a_wrong_part(zoo, expected):
     """Every tensor, and every rotary kind, moves the logits by far more than the tolerance: no part of the models above is idle."""
     idle = []
-    for name in ("biases_tied", "untied"):
+    for name in ("biases_tied", "untied", "nemotron_biases"):
         model = hf_model(zoo[name])
         tokens = tokens_of(model.config.vocab_size, 2, 12)
         for part, tensor in model.named_parameters():
@@ -90,9 +90,9 @@ def test_the_oracle_s_logits_would_show_a_wrong_part(zoo, expected):
                 tensor.copy_(original)
             if moved < 1e-2:
                 idle.append((name, part, moved))
-    for name in SCALED:
+    for name in ROTATED:
         config = AutoConfig.from_pretrained(zoo[name])
-        config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
         plain = AutoModelForCausalLM.from_pretrained(zoo[name], config=config)
         moved = (plain(tokens_of(config.vocab_size, 2, 48)).logits - expected[name, 48]).abs().max().item()
         if moved < 1e-2:
