@@ -20,16 +20,21 @@ PIECE_TOKENS = 1 << 22  # the most that is tokenised again after a kill, and wha
 
 
 class Pieces:
-    """The pieces in `folder`, which comes with the first one. Those that were made from anything but `made_from` (JSON's types) are removed."""
+    """The pieces in `folder`, which comes with the first one. Those that were made from anything but `made_from` (JSON's types) are removed.
+
+    `revision`: the state of a source that may change between two runs, which the first piece decides for all; set it before there is one.
+    """
 
     def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
         self.folder, self.made_from = folder, json.dumps(made_from)
+        self.revision = ""
         self.files: list[Path] = []
         self.records = self.documents = self.tokens = 0
         for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
             told = _told(file)
             if file != self._file(number) or told is None or told["made_from"] != self.made_from:
                 break
+            self.revision = told.get("revision", "")
             self._count(file, int(told["records"]), int(told["documents"]), int(told["tokens"]))
         if not self.files and folder.exists():
             remove(folder)
@@ -41,6 +46,7 @@ class Pieces:
         ids, lengths, prompts = (np.concatenate([chunk[part] for chunk in chunks]) for part in range(3))
         records, file = sum(chunk.records for chunk in chunks), self._file(len(self.files))
         told = {"made_from": self.made_from, "records": str(records), "documents": str(len(lengths)), "tokens": str(len(ids))}
+        told["revision"] = self.revision
         with atomic_path(file) as temporary:
             save_file({"ids": ids, "lengths": lengths, "prompts": prompts}, temporary, told)
         self._count(file, records, len(lengths), len(ids))

@@ -25,7 +25,7 @@ from minitron.data.holdout import hold_out, stretches
 from minitron.data.indexed import PROMPT_TYPE, DType, num_tokens, open_indexed, open_prompts, token_blocks, write_index
 from minitron.data.manifest import Manifest, Part
 from minitron.data.pieces import ENDING, PIECE_TOKENS, Pieces
-from minitron.data.sources import Place, Source, blend, check_located, locate, records
+from minitron.data.sources import Place, Source, blend, check_located, locate, newest_revision, records
 from minitron.data.tokenizing import Tokenize, Tokens, encoder, fingerprint, load_tokenizer, num_ids, tokenized
 from minitron.errors import refuse
 from minitron.files import atomic_path, remove, sha256
@@ -180,10 +180,12 @@ def _tokenise(job: Job, key: dict[str, Any], tokenizer: Any, data: Data, folder:
     # documents are held out when the pieces are joined: another fraction or seed finds these as good as before
     pieces = Pieces(folder / f"{job.name}.{ENDING}", {name: value for name, value in key.items() if not name.startswith(("held_out", "calibration"))})
     place, dtype = Place(skip=pieces.records), DType.optimal_dtype(num_ids(tokenizer))  # the smallest of Megatron's that holds the ids
+    if not pieces.files:
+        pieces.revision = newest_revision(job.source)
     documents, tokens, waiting = pieces.documents, pieces.tokens, list[Tokens]()
     if on_progress:
         on_progress(job.name, documents, tokens, None)
-    rows = records(job.source, place, data.text_key, data.split, job.prompt_key)
+    rows = records(job.source, place, data.text_key, data.split, job.prompt_key, pieces.revision)
     with contextlib.closing(tokenized(Tokenize(encoder(tokenizer), dtype), rows, data.workers)) as chunks:
         for chunk in chunks:
             _check_vocabulary(job.source, int(chunk.ids.max(initial=0)), vocab_size)

@@ -155,15 +155,30 @@ def check_located(source: Source, text_key: str = "text", split: str = "train", 
         raise source.refusal(source.given, f"split {split} holds no text")
 
 
-def records(source: Source, place: Place, text_key: str = "text", split: str = "train", prompt_key: str | None = None) -> Iterator[Row]:
+def newest_revision(source: Source) -> str:
+    """The commit that a data set of the hub is at; "" of what has none: what lies here, and where the hub can't be asked."""
+    import huggingface_hub
+
+    name = HUB_ID.fullmatch(source.name)
+    if source.kind != "hub" or name is None:
+        return ""
+    try:
+        with _quiet_hub():
+            return huggingface_hub.HfApi().dataset_info(name["id"]).sha or ""
+    except Exception:  # of half a dozen libraries; whether the data set can be read without the hub shows when it is
+        return ""
+
+
+def records(source: Source, place: Place, text_key: str = "text", split: str = "train", prompt_key: str | None = None,
+            revision: str = "") -> Iterator[Row]:  # fmt: skip
     """Prompt and text of every record of a source of text after the first `place.skip`, in order, never more than one file's row group, line or
-    .txt/.json file in memory. An empty text is no document, but counts as a record.
+    .txt/.json file in memory. An empty text is no document, but counts as a record. `revision`: of a data set of the hub, "" for the newest.
 
     Raises RequestError, while it runs, for what can't be read.
     """
     keys = Keys(source.field or text_key, prompt_key)
     if source.kind == "hub":
-        yield from _hub(source, keys, split, place)
+        yield from _hub(source, keys, split, place, revision)
         return
     place.total = sum(file.stat().st_size for file in source.files)
     for file in source.files:
@@ -255,14 +270,14 @@ def _parquet(source: Source, file: Path, keys: Keys, place: Place) -> Iterator[R
                 yield from ((prompt or "", text or "") for prompt, text in zip(prompts, texts, strict=True))
 
 
-def _hub(source: Source, keys: Keys, split: str, place: Place) -> Iterator[Row]:
+def _hub(source: Source, keys: Keys, split: str, place: Place, revision: str = "") -> Iterator[Row]:
     import datasets
 
     name = HUB_ID.fullmatch(source.name)
     assert name is not None, f"locate() let {source.name} through"
     try:
         with _quiet_hub():
-            stream = datasets.load_dataset(name["id"], name["config"], split=split, streaming=True)
+            stream = datasets.load_dataset(name["id"], name["config"], split=split, streaming=True, revision=revision or None)
             for number, record in enumerate(stream.skip(place.skip) if place.skip else stream, place.skip):
                 yield _row(source, record, keys, f"record {number} of {source.given}")
     except RequestError:

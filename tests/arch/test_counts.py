@@ -46,7 +46,7 @@ def configs(draw, model_type):
     heads = groups * heads_per_group
     biases = model_type != "mistral" and draw(st.booleans())
     config = {
-        "model_type": model_type, "num_hidden_layers": draw(st.integers(1, 3)),
+        "model_type": model_type, "num_hidden_layers": draw(st.integers(1, 2)),
         "hidden_size": draw(st.integers(1, 9)) * (heads if model_type == "llama" else 7), "intermediate_size": draw(st.integers(1, 70)),
         "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 2 * draw(st.integers(1, 9)), "vocab_size": draw(st.integers(2, 90)),
         "max_position_embeddings": 32, "tie_word_embeddings": draw(st.booleans()),

@@ -5,9 +5,12 @@ import hashlib
 import itertools
 import json
 import os
+import types
 from collections import Counter
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -236,6 +239,38 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_complete(
     assert "train" not in Manifest.load(folder).splits
     # going back to the first settings must not trust the files that the second ones may have touched
     assert prepare(data, tokenizer_path, folder, seed=1) == complete
+
+
+def test_a_hub_data_set_is_read_on_as_it_was_when_it_was_begun(
+    folder: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, newest = {"first": [f"old {number}" for number in range(40)], "second": [f"new {number}" for number in range(40)]}, ["first"]
+
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool, revision: str | None) -> datasets.IterableDataset:
+        return datasets.Dataset.from_dict({"text": states[revision or newest[0]]}).to_iterable_dataset()
+
+    def dataset_info(self: object, name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(sha=newest[0])
+
+    def killed(name: str, documents: int, tokens: int, share: float | None) -> None:
+        if documents == 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr("minitron.data.prepare.PIECE_TOKENS", 1)
+    monkeypatch.setattr("minitron.data.tokenizing.CHUNK_DOCUMENTS", 8)
+    monkeypatch.chdir(tmp_path)
+    source = Data(train="some-org/some-set", valid_fraction=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tokenizer_path, folder, seed=1, on_progress=killed)
+    newest[0] = "second"
+    manifest = prepare(source, tokenizer_path, folder, seed=1)
+    read = sorted(all_stored(manifest, "train") + all_stored(manifest, "valid"))
+    assert read == sorted(expected(states["first"]))
+    prepare(source, tokenizer_path, tmp_path / "other", seed=1)
+    other = Manifest.load(tmp_path / "other")
+    assert sorted(all_stored(other, "train") + all_stored(other, "valid")) == sorted(expected(states["second"]))
 
 
 def test_progress_counts_documents_and_tokens(

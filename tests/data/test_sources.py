@@ -288,7 +288,8 @@ def test_every_source_of_a_blend_is_checked(tmp_path: Path) -> None:
 def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool, revision: str | None) -> datasets.IterableDataset:
+        assert revision is None
         asked.append((path, name, split, streaming))
         return datasets.Dataset.from_dict({"body": ["one", "", "two"]}).to_iterable_dataset()
 

@@ -9,7 +9,7 @@ from minitron.config.schema import Train
 from minitron.engine.schedule import run_chunk
 from tests.engine.runs import SIZES, Run
 from tests.multirank.ranks import Layout, on_ranks
-from tests.oracles.models import BIASES, UNTIED, save_model
+from tests.oracles.models import BIASES, NEMOTRON, UNTIED, save_model
 
 SETTINGS = Train(**{**SIZES, "micro_batch_size": 1}, save_interval=10, eval_interval=10)
 HOW = ("none", "selective", "full")
@@ -20,7 +20,8 @@ LAYOUTS = [Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vpp=2), L
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {"tied": save_model(root / "tied", 4), "biases": save_model(root / "biases", 5, **BIASES, **UNTIED)}
+    models = {"tied": {}, "biases": {**BIASES, **UNTIED}, "nemotron": NEMOTRON}
+    return {name: save_model(root / name, seed, **changes) for seed, (name, changes) in enumerate(models.items(), start=4)}
 
 
 def trained(world, folder):
@@ -45,8 +46,9 @@ def test_the_training_is_the_same_to_the_bit_with_losses_inside_the_model_too(la
             assert all(map(torch.equal, rank[how][1], parameters)), how
 
 
-def test_it_is_the_same_with_biases(folders, alone):
-    found = trained(alone, folders["biases"])
+@pytest.mark.parametrize("model", ["biases", "nemotron"])
+def test_it_is_the_same_with_other_parts(model, folders, alone):
+    found = trained(alone, folders[model])
     assert found["selective"][0] == found["full"][0] == found["none"][0]
 
 

@@ -8,7 +8,7 @@ from tests.oracles.models import BIASES, NEMOTRON
 
 MODELS = {"llama": {}, "nemotron": {**NEMOTRON, **BIASES}}
 RUNS = [("llama", layout) for layout in LAYOUTS]
-RUNS += [("nemotron", layout) for layout in (Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, sp=True))]
+RUNS += [("nemotron", layout) for layout in (Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, pp=2))]
 
 
 @pytest.fixture(scope="module")
