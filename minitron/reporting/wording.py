@@ -1,10 +1,10 @@
 """How numbers and sizes are written, on the console, in the report and in its pictures alike. Pure."""
 
 from minitron.arch import Arch
+from minitron.arch.counts import scaled
 from minitron.data.manifest import Part
 
 ABSENT = "–"
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 SIZES = {  # what a reader sees -> the field of Arch
     "layers": "num_layers",
@@ -19,10 +19,7 @@ SIZES = {  # what a reader sees -> the field of Arch
 
 def size(count: float | None) -> str:
     """A count as people say it: 134515008 -> "134.5 M"."""
-    if count is None:
-        return ABSENT
-    scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
-    return f"{count / scale:.1f} {unit}" if unit else f"{count:,.0f}"
+    return ABSENT if count is None else scaled(count)
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
