@@ -65,8 +65,8 @@ def costs(arch: Arch, batch_size: int, seq_length: int, bytes_per_element: int) 
     return {name: total / SCALES.get(name, 1) for name, total in totals(arch, batch_size, seq_length, bytes_per_element).items()}
 
 
-def scaled(count: float) -> str:
+def scaled(count: float, digits: int = 1) -> str:
     """A count as people say it: 134515008 -> "134.5 M"."""
     scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
-    return f"{count / scale:.1f} {unit}" if unit else f"{count:,.0f}"
+    return f"{count / scale:.{digits}f} {unit}" if unit else f"{count:,.0f}"
 

@@ -11,7 +11,7 @@ from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
 from minitron.errors import shown
 
-TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", list: "list of int", dict: "NAME: text"}
+TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", dict: "NAME: value"}
 UNBROKEN = "\N{NO-BREAK SPACE}"
 BOUNDS = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
 EXITS = [
@@ -69,7 +69,8 @@ def verb_help(verb: str, width: int) -> str:
 def described(setting: Setting) -> tuple[str, str]:
     """`name=default` and the meaning, followed by the type and what is allowed: `[int >= 1]`."""
     rule = setting.rule
-    kinds = [TYPES[kind] for kind in setting.kinds if kind is not type(None)] if rule["allowed"] is None else map(shown, rule["allowed"])
+    types = {**TYPES, list: f"list of {TYPES.get(setting.items)}"}
+    kinds = [types[kind] for kind in setting.kinds if kind is not type(None)] if rule["allowed"] is None else map(shown, rule["allowed"])
     bounds = ", ".join(f"{sign} {rule[key]:g}" for key, sign in BOUNDS.items() if rule[key] is not None)
     allowed = f"{' | '.join(kinds)} {bounds}".strip() + (" | null" if type(None) in setting.kinds else "")
     return f"{setting.name}={shown(setting.default)}", f"{rule['help']} [{allowed.replace(' ', UNBROKEN)}]"

@@ -62,6 +62,9 @@ class Model:
         MISSING,
         "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
     )
+    shape: dict[str, int | float | bool | str | None] = setting(
+        {}, "what the config.json of a model without files would say, as KEY: value (model_type, hidden_size, ...); for minitron plan, without model.path"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Target:
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes that are asked for, by name."""
+        return {field.name: value for field in dataclasses.fields(self) if field.default is None and (value := getattr(self, field.name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +353,7 @@ class Search:
     num_attention_heads: list[int] | None = setting(None, "query heads to look at (null: the model's)", least=1)
     num_query_groups: list[int] | None = setting(None, "KV groups to look at (null: the model's)", least=1)
     hidden_multiple_of: int = setting(64, "widths of a grid of its own are multiples of this, as tensor cores like them", least=1)
-    ffn_multiple_of: int = setting(128, "MLP sizes of a grid of its own are multiples of this", least=1)
+    ffn_multiple_of: int = setting(128, "MLP sizes of a grid of its own, and those of search.ffn_expansion, are multiples of this", least=1)
     values: int = setting(9, "most sizes of an axis in a grid of its own: where there are more, it is coarser", least=2)
     keep_dominated: bool = setting(False, "also look at models that another one within the budgets is at least as large as on every axis")
     max_candidates: int = setting(64, "most candidates whose loss is measured; more are refused", least=1)

@@ -36,7 +36,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "what the settings come to, before anything is computed: sizes, parameters, arithmetic, memory; of a search, which candidates remain and why",
         ("run", "model", "target", "search", "train", "parallel", *COMMON),
-        ("model.path", f"{AXES} | {BUDGETS}"),
+        ("model.path | model.shape",),
     ),
     "data": Verb(
         "tokenise text into Megatron's indexed files",

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from minitron.arch.arch import Arch
 from minitron.arch.counts import SCALES, scaled, totals
-from minitron.config.schema import TARGETS, Parallel, Search
+from minitron.config.schema import TARGETS, Parallel, Search, Target
 from minitron.errors import RequestError, refuse
-from minitron.search.candidates import SIZES, Candidate
+from minitron.search.candidates import SIZES, Candidate, name_of
 from minitron.search.grid import LAYERS, Mask, Sizes, dominated, impossible, points
 
 Costs = dict[str, npt.NDArray[np.float64]]
@@ -39,6 +39,13 @@ class Found:
     grid: int
     fell: dict[str, int]
     candidates: list[Candidate]
+
+
+def check_free(target: Target, search: Search) -> None:
+    """Refuse sizes that are given beside a budget, which is there to find them."""
+    for name, value in target.sizes.items():
+        fixed = f"; search.{name} takes the sizes to look at" if name in SIZES else ""
+        raise refuse(f"target.{name}", value, f"must be null with search.{next(iter(search.budgets))}, which looks for the sizes{fixed}")
 
 
 def find(arch: Arch, search: Search, parallel: Parallel, dtype: str, measure: Measure | None = None) -> Found:
@@ -117,11 +124,6 @@ def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Se
 def told(fell: dict[str, int]) -> str:
     """ "12 dominated, 3 parameters above 105.0 M", the most first."""
     return ", ".join(f"{number:,} {reason}" for reason, number in sorted(fell.items(), key=lambda item: -item[1]))
-
-
-def name_of(sizes: dict[str, int]) -> str:
-    """A short name: L30-H512-F1152-A9-G3."""
-    return "-".join(f"{letter}{sizes[name]}" for letter, name in zip("LHFAG", SIZES, strict=True))
 
 
 def _candidate(point: Sizes, costs: dict[str, float]) -> Candidate:
