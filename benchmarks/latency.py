@@ -30,7 +30,7 @@ SHAPES = (
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each (default: 256)")
+    parser.add_argument("--length", type=int, default=64, help="tokens of each (default: 64)")
     parser.add_argument("--dtype", default="fp32", choices=engine.DTYPES)
     options = parser.parse_args()
     search = {"latency_ms": 1e9, "batch_size": options.batch, "seq_length": options.length}
