@@ -1,7 +1,7 @@
 """Predicted latency against the real one: the sum of measured parts, as a search with search.latency_ms has it, and the whole model of that shape.
 
-Shapes cut from SmolLM2-135M's, with random weights, in one process. A shape's parts are measured just before the whole, so that the machine is the same;
-widths and blocks that an earlier shape has are not measured again, as in a search.
+Shapes cut from SmolLM2-135M's, with random weights, in one process. A shape's parts are measured just before the whole, so that the machine is
+the same; widths and blocks that an earlier shape has are not measured again, as in a search.
 """
 
 import tempfile
