@@ -45,7 +45,7 @@ def training_flops(arch: Arch, seq_length: int, teacher: Arch | None) -> int:
 
 
 def totals(arch: Arch, batch_size: int, seq_length: int, bytes_per_element: int) -> dict[str, int]:
-    """What `arch` costs, by the names of the budgets (config/schema.py, BUDGETS) that need no measurement, as whole numbers: parameters, bytes, FLOPs.
+    """What `arch` costs, by the names of the budgets (config/schema.py) that need no measurement, as whole numbers: parameters, bytes, FLOPs.
 
     Memory is that of the weights and of the key/value cache of `batch_size` sequences of `seq_length` tokens, FLOPs those of one forward pass per
     token at that length. Every one of them is a line in the number of layers where these are alike.
@@ -69,4 +69,3 @@ def scaled(count: float, digits: int = 1) -> str:
     """A count as people say it: 134515008 -> "134.5 M"."""
     scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
     return f"{count / scale:.{digits}f} {unit}" if unit else f"{count:,.0f}"
-

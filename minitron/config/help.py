@@ -49,7 +49,7 @@ def verb_help(verb: str, width: int) -> str:
         (f"torchrun --nproc-per-node=8 -m minitron {verb} ...", "the same on eight GPUs"),
         (f"minitron {verb} ... --cfg", "print the composed settings as YAML, run nothing"),
     ]
-    alone = "parallel" not in read
+    alone = "parallel" not in read or "run.dir" not in needs  # what needs no folder works with settings alone, in one process
     lines = [
         *paragraph(f"minitron {verb}: {summary}", width, ""),
         *section("usage", rows(usage[::2] if alone else usage, width)),

@@ -63,7 +63,9 @@ class Model:
         "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
     )
     shape: dict[str, int | float | bool | str | None] = setting(
-        {}, "what the config.json of a model without files would say, as KEY: value (model_type, hidden_size, ...); for minitron plan, without model.path"
+        {},
+        "what the config.json of a model without files would say, as KEY: value (model_type, hidden_size, ...); minitron plan reads it without "
+        "model.path",
     )
 
 

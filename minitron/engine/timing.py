@@ -59,7 +59,7 @@ def time_parts(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec: s
     for _ in range(WARM_UP + load.repeats):
         marks.clear()
         run(model, load, world, lambda: mark("end")())
-        at = dict(marks)
+        at = dict(reversed(marks))  # the first of each: over virtual stages the schedule repeats the batch to fill up
         spans.append(
             Parts(
                 block=between(at["block"], at["block_end"]),
@@ -73,7 +73,10 @@ def time_parts(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec: s
 
 
 def time_forward(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec: str) -> float:
-    """Milliseconds of a pass through a whole model of these sizes, with random weights. Called by every rank together; each returns the same."""
+    """Milliseconds of a pass through a whole model of these sizes, with random weights. Called by every rank together; each returns the same.
+
+    Over virtual stages it holds the batches that the schedule fills up with.
+    """
     model = random_model(arch, world, dtype, spec)
     spans = []
     for _ in range(WARM_UP + load.repeats):

@@ -1,5 +1,6 @@
 """The table that `minitron plan` prints: the model, what is to become of it, and of a search why other sizes are not looked at."""
 
+import functools
 from collections.abc import Callable
 
 from rich import box
@@ -21,14 +22,19 @@ def show_plan(plan: Plan, *, console: Console | None = None) -> None:
     console = console or Console()
     console.print(fitting((_models(plan, LEFT_OUT[:count]) for count in range(len(LEFT_OUT) + 1)), console))
     if plan.grid is not None:
-        console.print(Text(f"{len(plan.models):,} of {counted(plan.grid, 'architecture')} of the grid remain; why the others do not:"))
+        others = "; why the others do not:" if plan.fell else ""
+        console.print(Text(f"{len(plan.models):,} of {counted(plan.grid, 'architecture')} of the grid remain{others}"))
         for reason, number in sorted(plan.fell.items(), key=lambda item: -item[1]):
             console.print(Text(f"{number:>9,}  {reason}"))
 
 
+def _size(name: str, model: Candidate) -> str:
+    return f"{model.sizes[name]:,}"
+
+
 def _models(plan: Plan, left_out: tuple[str, ...]) -> Table:
     columns: dict[str, Callable[[Candidate], str]] = {
-        **{heading: (lambda model, name=name: f"{model.sizes[name]:,}") for name, heading in HEADINGS.items()},
+        **{heading: functools.partial(_size, name) for name, heading in HEADINGS.items()},
         "params": lambda model: scaled(model.costs["params"], 2),
         "share": lambda model: percent(ratio(model.costs["params"], plan.original.costs["params"])),
         "non-embedding": lambda model: scaled(model.costs["non_embedding_params"], 2),

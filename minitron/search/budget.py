@@ -1,7 +1,7 @@
 """From a model and the settings `search` to the candidates: the architectures of the grid that lie within the budgets, and why the others fell. Pure.
 
-Shapes: P points of the grid, A their sizes, X distinct blocks. A *target* is met from either side to within search.tolerance, a *limit* is not exceeded
-(arXiv 2407.14679, section 2.4: every architecture within 5 % of a number of parameters).
+Shapes: P points of the grid, A their sizes, X distinct blocks. A *target* is met from either side to within search.tolerance, a *limit* is not
+exceeded (arXiv 2407.14679, section 2.4: every architecture within 5 % of a number of parameters).
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 # what a budget bounds, and how an amount of it is written
 WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "params": ("parameters", scaled),
-    "non_embedding_params": ("non-embedding parameters", scaled),
-    "active_params": ("active parameters", scaled),
+    "params": ("parameters", lambda amount: scaled(amount, 2)),
+    "non_embedding_params": ("non-embedding parameters", lambda amount: scaled(amount, 2)),
+    "active_params": ("active parameters", lambda amount: scaled(amount, 2)),
     "memory_gb": ("memory", lambda amount: f"{amount:.3g} GB"),
     "gflops_per_token": ("arithmetic", lambda amount: f"{amount:.3g} GFLOP per token"),
     "latency_ms": ("latency", lambda amount: f"{amount:.3g} ms"),
@@ -49,7 +49,7 @@ def check_free(target: Target, search: Search) -> None:
 
 
 def find(arch: Arch, search: Search, parallel: Parallel, dtype: str, measure: Measure | None = None) -> Found:
-    """The candidates of a search. `measure` tells latencies, asked once, of what is within all other budgets; without it there may be no latency budget.
+    """The candidates of a search. `measure` tells latencies, asked once, of what is within all other budgets; search.latency_ms can't do without.
 
     Raises RequestError where there are none, or more than search.max_candidates.
     """
@@ -147,10 +147,8 @@ def _too_many(points_PA: Sizes, search: Search) -> RequestError:
     return refuse("search.max_candidates", search.max_candidates, f"{len(points_PA)} candidates are left; {coarser}{tighter}")
 
 
-def _none_within(
-    point: Sizes, costs: dict[str, float], excess: npt.NDArray[np.float64], budgets: dict[str, float], search: Search
-) -> RequestError:
-    """The refusal of budgets that nothing meets: which is violated most by the architecture that is nearest to all, and how it stands to the others."""
+def _none_within(point: Sizes, costs: dict[str, float], excess: npt.NDArray[np.float64], budgets: dict[str, float], search: Search) -> RequestError:
+    """The refusal of budgets that nothing meets: which the architecture that is nearest to all violates most, and how it stands to the others."""
 
     def stands(name: str) -> str:
         off = costs[name] / budgets[name] - 1

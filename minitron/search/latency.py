@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.config.schema import MISSING, Config
@@ -55,6 +53,8 @@ def setting_of(arch: Arch, cfg: Config) -> dict[str, Any]:
 
 def machine_of(world: engine.World, spec: str) -> dict[str, Any]:
     """What they depend on of the machine and its software."""
+    import torch
+
     gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if gpu else "cpu"
     return {"device": device, "threads": None if gpu else torch.get_num_threads(), "torch": torch.__version__, "spec": spec}

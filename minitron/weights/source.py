@@ -86,7 +86,7 @@ def _from_hub(path: str, setting: str, patterns: list[str]) -> Path:
 
 
 def config_without_weights(path: str, setting: str) -> dict[str, Any]:
-    """What config.json says of a model in any form of model.path, its weights neither fetched nor read; of a .gguf its header is, which takes seconds."""
+    """What config.json says of a model in any form of model.path. Weights are neither fetched nor read; a .gguf's header is, which takes seconds."""
     found = locate(path, setting)
     if found.endswith(".gguf"):
         return _gguf_config(Path(found))
