@@ -40,6 +40,12 @@ def ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
 
 
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def counted(number: int, what: str) -> str:
     """1, "document" -> "1 document"; 2000 -> "2,000 documents"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
