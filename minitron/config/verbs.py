@@ -96,3 +96,13 @@ VERBS: dict[str, Verb] = {
         ("run.dir",),
     ),
 }
+
+
+# settings that not every verb with their group reads: those that do
+READERS = {"run.checkpoint": ("compress", "family", "evaluate", "export")}
+
+
+def reads(verb: str, setting: str) -> bool:
+    """Whether a verb has any use for a setting, by its full name."""
+    group = setting.split(".")[0]
+    return group in VERBS[verb].groups and verb in READERS.get(setting, VERBS)

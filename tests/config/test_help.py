@@ -31,7 +31,8 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
     page = verb_help(verb, 300)
     names = [line.split("=")[0].strip() for line in page.splitlines() if " [" in line and "=" in line]
     expected = [setting.name for setting in settings() if setting.name.split(".")[0] in VERBS[verb].groups]
-    assert sorted(name for name in names if " " not in name) == sorted(expected)
+    unread = set() if verb in ("compress", "family", "evaluate", "export") else {"run.checkpoint"}
+    assert sorted(name for name in names if " " not in name) == sorted({*expected} - {*unread})
 
 
 @pytest.mark.parametrize(
