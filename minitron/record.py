@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from minitron import engine
 from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
 
@@ -49,7 +49,8 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
     if verb == "search":  # it has steps of its own
         left_out = (*left_out, "train.steps")
-    return in_use({name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out})
+    named = flat({group: tree[group] for group in groups})
+    return in_use({name: value for name, value in named.items() if name not in left_out and reads(verb, name)})
 
 
 def in_use(settings: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def in_use(settings: dict[str, Any]) -> dict[str, Any]:
 
 def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
     """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
-    recorded: dict[str, Any] = entry.get("settings", {})
+    recorded = {name: value for name, value in entry.get("settings", {}).items() if reads(verb, name)}  # earlier versions noted more
     return in_use({**settings_of(Config(), verb, free=True), **recorded}) if recorded else {}
 
 
@@ -207,8 +208,18 @@ def check_kind(folder: Path, record: dict[str, Any], verb: str) -> None:
 
 
 def write_config(file: Path, cfg: Config, verb: str) -> None:
-    """config.yaml: the settings of this verb's groups as they are now, the others as an earlier verb of the run left them."""
+    """config.yaml: the settings that this verb reads as they are now, the others as an earlier verb of the run left them."""
     if file.exists():
         earlier = from_yaml(file.read_text(encoding="utf-8"))
-        cfg = dataclasses.replace(earlier, **{group: getattr(cfg, group) for group in VERBS[verb].groups})
+        cfg = dataclasses.replace(
+            earlier, **{group: newer(getattr(earlier, group), getattr(cfg, group), group, verb) for group in VERBS[verb].groups}
+        )
     write_text(file, to_yaml(cfg))
+
+
+def newer(earlier: Any, now: Any, group: str, verb: str) -> Any:
+    """A group, or a setting without one, as it is now as far as the verb reads it."""
+    if not dataclasses.is_dataclass(earlier):
+        return now
+    names = [field.name for field in dataclasses.fields(earlier) if reads(verb, f"{group}.{field.name}")]
+    return dataclasses.replace(earlier, **{name: getattr(now, name) for name in names})  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from typing import Any
 from minitron.config.build import Setting, settings
 from minitron.config.compose import choices, groups
 from minitron.config.schema import Config
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, reads
 from minitron.errors import shown
 
 TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", dict: "NAME: value"}
@@ -56,12 +56,12 @@ def verb_help(verb: str, width: int) -> str:
         *section("must be set", [line for need in needs for line in paragraph(need.replace(" | ", " or "), width, "  ", hang="    ")]),
         *section("ready-made choices", rows(ready_made([group for group in groups() if group in ("recipe", *read)]), width)),
     ]
-    every = list(settings())
+    every = [setting for setting in settings() if reads(verb, setting.name)]
     tables = {name: [setting for setting in every if setting.name.startswith(f"{name}.")] for name in read}
     for name, table in tables.items():
         if table:
             lines += section(name, [*about(name, width), *rows([described(setting) for setting in table], width)])
-    if general := [setting for setting in every if setting.name in read]:
+    if general := [setting for setting in every if "." not in setting.name]:
         lines += section("general", rows([described(setting) for setting in general], width))
     return "\n".join(lines + section("exit codes", rows(EXITS, width)))
 

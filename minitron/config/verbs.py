@@ -97,3 +97,16 @@ VERBS: dict[str, Verb] = {
         ("run.dir",),
     ),
 }
+
+
+# settings that not every verb with their group reads: those that do
+READERS = {"run.checkpoint": ("compress", "family", "evaluate", "export")}
+# groups of which a verb reads these settings alone
+READ_ALONE = {("evaluate", "train"): ("train.seq_length",)}
+
+
+def reads(verb: str, setting: str) -> bool:
+    """Whether a verb has any use for a setting, by its full name."""
+    group = setting.split(".")[0]
+    alone = READ_ALONE.get((verb, group), (setting,))
+    return group in VERBS[verb].groups and verb in READERS.get(setting, VERBS) and setting in alone

@@ -6,6 +6,7 @@ Blue is what was kept, and the student; vermilion what was cut, and the pruned m
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -103,9 +104,11 @@ def blueprint(original: Arch, pruned: Arch, keep: Arrays) -> Picture:
 
 # ---- importance ----
 
+HEAD_TITLES = {"heads": ("Attention heads", "head"), "groups": ("KV groups", "KV group")}
+
 
 def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str | None = None) -> list[Picture]:
-    """One picture per axis that has scores, two of layers that were also left out; `criterion` is what scores were measured by."""
+    """A picture per axis that has scores, two of layers that were also left out, one of units by layer; `criterion`: what scores were measured by."""
     pictures = []
     kept = keep or {}
     if "hidden" in importance:
@@ -115,12 +118,54 @@ def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str 
     if "layers.bi" in importance and "layers.loss" in importance:
         skipped = loss_without_layers(importance["layers.loss"].astype(float), len(importance["layers.bi"]), kept.get("layers"))
         pictures = [*pictures[-1:], skipped, *pictures[:-1]]  # the two of layers side by side
+    if by_layer := {axis: found for axis in LAYER_LINES if len(found := layer_means(importance, axis))}:
+        pictures.append(score_by_layer(by_layer, kept.get("layers")))
     for axis, paint in (("ffn", ffn_map), ("heads", heads_map), ("groups", heads_map)):
         layers = [importance[f"{axis}.{layer}"].astype(float) for layer in range(len(importance)) if f"{axis}.{layer}" in importance]
         pruned = keep is None or any(len(keep[f"{axis}.{layer}"]) < len(layers[layer]) for layer in keep["layers"] if layers)
         if layers and (pruned or axis != "groups"):  # the heads' map tells all there is to tell about whole groups
             pictures.append(paint(axis, np.stack(layers), keep))
     return pictures
+
+
+def layer_means(importance: Arrays, axis: str) -> Floats:
+    """The mean score of an axis' units in every layer [layers]; empty where it has none."""
+    layers = itertools.takewhile(lambda name: name in importance, (f"{axis}.{layer}" for layer in itertools.count()))
+    return np.array([importance[name].astype(float).mean() for name in layers])
+
+
+# how an axis' line is drawn: its name, colour, dashes and mark; the scores of KV groups are sums of their heads'
+LAYER_LINES = {
+    "ffn": ("MLP neurons", KEPT, "-", "o"),
+    "heads": ("attention heads", LIGHT["ink"], (0, (4, 2)), "s"),
+}
+
+
+def score_by_layer(means: Mapping[str, Floats], kept: Units | None) -> Picture:
+    """The mean score of every axis in every layer, against its mean over the layers: how much the layers differ, which no other picture tells."""
+    layers = max(map(len, means.values()))
+    dropped = np.setdiff1d(np.arange(layers), kept) if kept is not None else np.array([], dtype=int)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.grid(axis="y")
+        for layer in dropped:
+            axes.axvspan(layer - 0.5, layer + 0.5, facecolor=CUT_SOFT, edgecolor=CUT, hatch="////", linewidth=0)
+        for axis, found in means.items():
+            name, color, dashes, marker = LAYER_LINES[axis]
+            shares = np.where(found > 0, found, np.nan) / (found.mean() or 1.0)
+            axes.plot(np.arange(len(found)), shares, color=color, linestyle=dashes, marker=marker, markersize=3.5, linewidth=1.3, label=name)
+        axes.set(xlim=(-0.6, layers - 0.4), yscale="log", xlabel="layer", ylabel="× mean of the layers (log)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in 2.0 ** np.arange(-12, 13) if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(means), borderaxespad=0, handlelength=2.2, columnspacing=1.1)
+
+    hatched = f" Hatched, dropped: {', '.join(map(str, dropped))}." if len(dropped) else ""
+    caption = f"Mean score of a layer's units, relative to the mean of all layers; an axis' units are ranked within each layer.{hatched}"
+    return Picture("Scores by layer", caption, draw("by-layer", 240, paint))
 
 
 def hidden_curve(scores: Floats, kept: Units | None) -> Picture:
@@ -235,9 +280,6 @@ def ffn_map(axis: str, scores: Floats, keep: Arrays | None) -> Picture:
     where = sorted(set(counts.values()))
     line = f" Line: the cut after {ranged(where[0], where[-1])}." if where and where[0] < neurons else ""
     return Picture("MLP neurons", f"Score relative to the layer's mean, highest first.{line}", draw(axis, 300, paint))
-
-
-HEAD_TITLES = {"heads": ("Attention heads", "head"), "groups": ("KV groups", "KV group")}
 
 
 def heads_map(axis: str, scores: Floats, keep: Arrays | None) -> Picture:

@@ -12,7 +12,7 @@ from minitron.reporting import curves, page, pictures, searched, standing
 from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed
-from minitron.reporting.wording import ABSENT, SIZES, decimal, kept_of, percent, ratio, size, size_of
+from minitron.reporting.wording import ABSENT, SIZES, counted, decimal, kept_of, percent, ratio, size, size_of
 
 REPORT = "report.html"
 
@@ -50,6 +50,8 @@ def lead(run: RunFiles) -> str:
     if run.original and run.pruned:
         before, after = run.original.num_parameters(), run.pruned.num_parameters()
         sentences.append(f"<strong>{size(before)}</strong> parameters became <strong>{size(after)}</strong>.")
+    if run.search and run.search.chosen:
+        sentences.append(f"A search chose the sizes from <strong>{counted(len(run.search.candidates), 'candidate')}</strong>.")
     gap = gap_on(run.evals or {}, HELD_OUT)
     tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
     over = f" over {size(tokens[-1])} tokens" if tokens else ""

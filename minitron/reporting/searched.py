@@ -201,5 +201,6 @@ def sizes(results: Results, found: Sequence[Standing]) -> Picture | None:
         bare(axes)
 
     rest = f" The best {len(shown)} of {len(found)}; the table has all." if len(found) > len(shown) else ""
-    caption = f"By how far each came, then by its loss there. Blue: the share of the original that is kept.{rest}"
+    order = "By how far each came, then by its loss there. " if results.rungs else ""
+    caption = f"{order}Blue: the share of the original that is kept.{rest}"
     return Picture("What each candidate keeps", caption, draw("candidates", 50 + 31 * len(shown), paint))

@@ -186,3 +186,16 @@ def ranks_told(results: Results, one: Standing) -> str:
     """Where a candidate stood from rung to rung."""
     ranks = zip(one.ranks, results.rungs, strict=True)
     return ", ".join(f"{rank} of {len(rung.losses)} {when(rung)}" for rank, rung in ranks if rank is not None)
+
+
+def search_told(results: Results) -> str:
+    """How far a search has come, in a line: its candidates, the rung it stands on, the chosen one or the best so far."""
+    parts = [counted(len(results.candidates), "candidate")]
+    if results.rungs and results.chosen is None:
+        rung, place = results.rungs[-1], sum(bool(rung.steps) for rung in results.rungs)
+        on = f"rung {place} of {len(results.settings.get('rungs', []))}, {when(rung)}" if rung.steps else when(rung)
+        parts.append(f"{on} ({counted(len(rung.losses), 'candidate')} measured)")
+    if best := best_so_far(results):
+        loss = f"{decimal(best.loss, 4)} {when(results.rungs[best.last])}" if best.loss is not None else ""
+        parts.append(f"{'chosen' if best.chosen else 'best so far'}: {described(results, best)}, loss {loss}")
+    return "; ".join(parts if results.rungs else [*parts, "none was measured yet"])

@@ -30,7 +30,11 @@ def test_the_overview_has_every_verb_and_every_recipe():
 def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
     page = verb_help(verb, 300)
     names = [line.split("=")[0].strip() for line in page.splitlines() if " [" in line and "=" in line]
-    expected = [setting.name for setting in settings() if setting.name.split(".")[0] in VERBS[verb].groups]
+    expected = {setting.name for setting in settings() if setting.name.split(".")[0] in VERBS[verb].groups}
+    if verb not in ("compress", "family", "evaluate", "export"):
+        expected -= {"run.checkpoint"}
+    if verb == "evaluate":
+        expected -= {name for name in expected if name.startswith("train.") and name != "train.seq_length"}
     assert sorted(name for name in names if " " not in name) == sorted(expected)
 
 

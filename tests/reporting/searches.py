@@ -24,7 +24,7 @@ def candidates(grid=GRID):
             "params": params, "non_embedding_params": params - 49152 * named["hidden_size"], "active_params": params, "memory_gb": params * 2.4e-9,
             "gflops_per_token": params * 2.2e-9, "latency_ms": 1.1 * named["num_layers"] + params * 3e-7,
         }  # fmt: skip
-        found.append(Candidate(f"{sizes[0]}x{sizes[1]}x{sizes[2]}-{sizes[3]}/{sizes[4]}", named, costs))
+        found.append(Candidate("-".join(f"{letter}{size}" for letter, size in zip("LHFAG", sizes, strict=True)), named, costs))
     return found
 
 

@@ -239,7 +239,7 @@ def test_candidates_with_what_they_cost():
     show_candidates(search(0), console=to)
     rows = cells(to)
     assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "non-embedding", "memory", "GFLOP/token", "latency"] in rows
-    assert ["30x512x896-9/3", "30", "512", "896", "9", "90.1 M", "64.9 M", "0.22 GB", "0.198", "60.02 ms"] in rows
+    assert ["L30-H512-F896-A9-G3", "30", "512", "896", "9", "90.1 M", "64.9 M", "0.22 GB", "0.198", "60.02 ms"] in rows
     assert ["Every candidate keeps KV groups 3."] in rows
     assert ["12 candidates of 2,912 points of the grid (2,841 outside the budgets; 59 no larger than another one on every axis)."] in rows
 
@@ -280,12 +280,12 @@ def test_the_outcome_of_a_search():
     show_search(search(), console=to)
     rows = cells(to)
     assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "untrained", "50 steps", "100 steps", "200 steps", "400 steps"] in rows
-    assert ["26x576x1024-6/3", "26", "576", "1,024", "6", "91.6 M", "5.916", "4.431", "3.737", "3.264", "3.167", "chosen"] in rows
-    assert ["28x576x768-9/3", "28", "576", "768", "9", "90.3 M", "6.948", "out before training"] in rows
-    assert ["chosen", "26x576x1024-6/3: layers 26, hidden 576, MLP 1,024, heads 6, 91.6 M params"] in rows
+    assert ["L26-H576-F1024-A6-G3", "26", "576", "1,024", "6", "91.6 M", "5.916", "4.431", "3.737", "3.264", "3.167", "chosen"] in rows
+    assert ["L28-H576-F768-A9-G3", "28", "576", "768", "9", "90.3 M", "6.948", "out before training"] in rows
+    assert ["chosen", "L26-H576-F1024-A6-G3: layers 26, hidden 576, MLP 1,024, heads 6, 91.6 M params"] in rows
     to = console(160)
     show_search(search(2), console=to)
-    assert ["best yet", "24x576x1152-6/3: layers 24, hidden 576, MLP 1,152, heads 6, 92.0 M params"] in cells(to)
+    assert ["best yet", "L24-H576-F1152-A6-G3: layers 24, hidden 576, MLP 1,152, heads 6, 92.0 M params"] in cells(to)
 
 
 def test_names_of_candidates_are_shown_as_they_are():

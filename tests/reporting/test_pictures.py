@@ -67,8 +67,17 @@ def test_which_pictures_there_are_depends_on_what_was_pruned(run_dir, every_axis
         run = read_run(folder)
         return [picture.title for picture in pictures.importance_pictures(run.importance, run.keep)]
 
-    assert titles(run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads"]
-    assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads", "KV groups"]
+    assert titles(run_dir) == ["Hidden channels", "Layers", "Scores by layer", "MLP neurons", "Attention heads"]
+    assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "Scores by layer", "MLP neurons", "Attention heads", "KV groups"]
+
+
+def test_scores_by_layer_are_told_against_their_mean(every_axis_run_dir):
+    run = read_run(every_axis_run_dir)
+    means = [run.importance[f"ffn.{layer}"].mean() for layer in range(30)]
+    assert np.allclose(pictures.layer_means(run.importance, "ffn"), means) and len(pictures.layer_means(run.importance, "experts")) == 0
+    picture = pictures.score_by_layer({"ffn": np.array([1.0, 2.0, 0.0, 9.0])}, np.array([0, 3]))
+    assert picture.caption.endswith("Hatched, dropped: 1, 2.") and ">MLP neurons</text>" in picture.svg
+    ElementTree.fromstring(pictures.score_by_layer({"heads": np.zeros(4)}, None).svg)  # nothing has no place on a log axis
 
 
 def losses_of(layers, at_a_time):
