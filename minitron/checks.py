@@ -316,6 +316,8 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
 
 def training_remarks(cfg: Config, verb: str) -> Iterator[str]:
     """The same of a training, said when nothing is left to refuse it for."""
-    name, steps = ("the last of search.rungs", cfg.search.rungs[-1]) if verb == "search" else ("train.steps", cfg.train.steps)
+    steps, ends = (
+        (cfg.search.rungs[-1], f"search.rungs={cfg.search.rungs}") if verb == "search" else (cfg.train.steps, f"train.steps={cfg.train.steps}")
+    )
     if VERBS[verb].trains and cfg.train.warmup_steps >= steps:
-        yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {steps - 1}, as {name}={steps} end before it does"
+        yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {steps - 1}, as {ends} end before it does"

@@ -47,8 +47,6 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
-    if verb == "search":  # it has steps of its own
-        left_out = (*left_out, "train.steps")
     named = flat({group: tree[group] for group in groups})
     return in_use({name: value for name, value in named.items() if name not in left_out and reads(verb, name)})
 

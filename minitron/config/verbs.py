@@ -100,7 +100,10 @@ VERBS: dict[str, Verb] = {
 
 
 # settings that not every verb with their group reads: those that do
-READERS = {"run.checkpoint": ("compress", "family", "evaluate", "export")}
+READERS = {
+    "run.checkpoint": ("compress", "family", "evaluate", "export"),
+    "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
+}
 # groups of which a verb reads these settings alone
 READ_ALONE = {("evaluate", "train"): ("train.seq_length",)}
 

@@ -123,9 +123,9 @@ def test_wrong_requests_are_refused_in_one_line(override, message):
         ("report", [], "run.dir=???: report needs"),
         ("export", ["run.dir=r"], "model.path=???: export needs"),
         (
-            "prune",
-            ["run.dir=r", "model.path=m", "target.multiple_of=16"],
-            "target.num_layers=null: prune needs at least one of target.num_layers, target.h",
+            "compress",
+            ["run.dir=r", "model.path=m", "data.train=t", "target.multiple_of=16"],
+            "target.num_layers=null: compress needs at least one of target.num_layers, target.h",
         ),
         ("calibrate", ["run.dir=r", "model.path=m"], "data.train=???: calibrate needs at least one of data.train, data.calibration"),
     ],

@@ -124,7 +124,7 @@ def test_the_exported_model_is_the_sliced_original(layout, folders, tmp_path):
 
 
 def cut_in_turn(world, folder):
-    """Every target from one model that stays: whether it stays as it was, apart from the pruned ones, and these are as if each had a model to empty."""
+    """Every target from one model that stays: whether it does, apart from the pruned ones, and whether these are as if each emptied a model."""
     arch = open_folder(folder, "model.path").arch
     model = load(open_folder(folder, "model.path"), world, torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
