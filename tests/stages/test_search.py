@@ -148,15 +148,35 @@ def test_students_in_turn_give_the_same_with_a_run_of_the_teacher_for_each(alone
     assert len(passes.read_text().split()) == 3 * 2 + 2 * 2 + 2 * 2
 
 
+LAYOUTS = {
+    "tp2": (2, ["parallel.tp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2": (2, []),
+    "tp2-pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "pp2-vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "dp2, the teacher tp2": (2, ["teacher.parallel.tp=2"]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.multirank
-@pytest.mark.parametrize(
-    ("size", "layout"),
-    [(2, ["parallel.tp=2"]), (2, ["parallel.pp=2"]), (2, []), (4, ["parallel.tp=2", "parallel.pp=2"])],
-    ids=["tp2", "pp2", "dp2", "tp2-pp2"],
-)
-def test_every_layout_finds_the_same(size, layout, alone, calibrated, settings, tmp_path):
-    assert same(searched(calibrated, tmp_path / "run", [*settings, *layout], size), alone[0], tolerance=1e-5)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_finds_the_same(layout, alone, calibrated, settings, tmp_path):
+    size, changes = LAYOUTS[layout]
+    assert same(searched(calibrated, tmp_path / "run", [*settings, *changes], size), alone[0], tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_cached_predictions_serve_every_student(alone, calibrated, common, settings, tmp_path):
+    """All but one of the vocabulary's tokens: losses are those of the teacher itself but for the cache's rounding."""
+    kept = [f"teacher.cache.folder={tmp_path / 'cache'}", "teacher.cache.top_k=511"]
+    made = minitron(tmp_path / "log", "cache", f"run.dir={tmp_path / 'other'}", *common, *TRAIN, *kept, f"train.steps={RUNGS[-1]}")
+    assert (made.code, made.err) == (0, "")
+    passes = tmp_path / "passes"
+    results = searched(calibrated, tmp_path / "run", [*settings, *kept], prepare=functools.partial(count_passes, passes))
+    assert not passes.exists()
+    assert same(results, alone[0], tolerance=1e-3)
 
 
 def signalled(number, name, which):
