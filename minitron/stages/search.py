@@ -29,7 +29,7 @@ from minitron.reporting.wording import counted
 from minitron.search.budget import BYTES, find
 from minitron.search.candidates import FILE, Results, Rung
 from minitron.search.ladder import has_settled, kendall_tau, mean_losses, ranking, survivors, tau_between_seeds
-from minitron.search.latency import measured
+from minitron.search.latency import check, measured
 from minitron.session import Session, need, session, stop_on_signal
 from minitron.teaching import SharedTeacher, given_teacher, hidden_loss
 from minitron.training import SHOWN, held_out_loss, sources, step_batches
@@ -79,6 +79,18 @@ def work(opened: Session) -> None:
     opened.mark("search", done=True)
     if world.is_main:
         show_search(ladder.results)
+    check_latency(opened, ladder.results)
+
+
+def check_latency(opened: Session, results: Results) -> None:
+    """Hold the chosen candidate's latency, a sum of parts, against its model as a whole."""
+    if opened.cfg.search.latency_ms is None or results.chosen is None:
+        return
+    chosen = results.candidate(results.chosen)
+    shape = target_arch(opened.source.arch, chosen.target(opened.cfg.target), opened.cfg.parallel)
+    found = check(shape, chosen.costs["latency_ms"], opened.cfg, opened.world, opened.spec())
+    if opened.world.is_main:
+        say(f"latency of {chosen.name}: {found.predicted:.3g} ms by its parts, {found.real:.3g} ms as a whole")
 
 
 def key_of(opened: Session) -> str:
