@@ -59,13 +59,12 @@ def tau_between_seeds(losses: Mapping[str, Sequence[float]]) -> float | None:
 
 
 def has_settled(rungs: Sequence[Rung], times: int) -> bool:
-    """Whether those that go on from the last rung are in one and the same order at each of the last `times` rungs of distillation.
+    """Whether all that were on the last rung came in one and the same order at each of the last `times` rungs of distillation.
 
     0: never. Losses before any training do not count: they say little of the order after it (arXiv 2407.14679, best practice 9).
     """
     last = [rung for rung in rungs if rung.steps][-times:] if times else []
     if not times or len(last) < times:
         return False
-    stayed = last[-1].stayed
-    orders = [[name for name in ranking(rung) if name in stayed] for rung in last]
-    return all(order == stayed for order in orders)
+    orders = [[name for name in ranking(rung) if name in last[-1].losses] for rung in last]
+    return all(order == orders[-1] for order in orders)

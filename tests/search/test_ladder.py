@@ -70,8 +70,8 @@ def test_between_seeds_it_is_the_mean_over_their_pairs():
     [
         (["abcd", "abcd"], 2, True),
         (["abcd", "bacd"], 2, False),
-        (["abdc", "abcd"], 2, True),  # of those that go on
-        (["cabd", "abc"], 2, True),
+        (["abdc", "abcd"], 2, False),  # of those that go out, too
+        (["acbd", "ab"], 2, True),  # of those that came so far
         (["ab"], 2, False),
         (["ab"], 1, True),
         (["bacd", "abcd", "abcd"], 2, True),
