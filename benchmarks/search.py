@@ -80,7 +80,7 @@ def named(results: Results) -> dict[str, str]:
     """The three that are compared over seeds, by what they are; one may be two of them."""
     before = results.rungs[0].losses
     order = sorted(before, key=lambda name: statistics.mean(before[name]))
-    widest = max(results.candidates, key=lambda candidate: (candidate.sizes["hidden_size"], candidate.costs["params"]))
+    widest = max(results.candidates, key=lambda candidate: (candidate.sizes["hidden_size"], candidate.sizes["ffn_hidden_size"]))
     assert results.chosen is not None
     return {"chosen": results.chosen, "widest": widest.name, "middle before training": order[len(order) // 2]}
 
