@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,12 @@ from minitron.data.tokenizing import differing_token, load_tokenizer
 from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
+from minitron.pruning.keep import skipped_at_a_time
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
+from minitron.search.budget import check_free, find
+from minitron.search.candidates import wanted
+from minitron.search.ladder import trial
 from minitron.weights.source import locate, open_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is there where a tokenizer is
@@ -42,7 +47,9 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
     groups = VERBS[verb].groups
     if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
         yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
-    if "distill" in groups or VERBS[verb].trains:
+    if searches(cfg, verb):
+        yield Reading("valid", "train.seq_length", cfg.train.seq_length, "search.tokens", cfg.search.tokens, None)
+    if verb != "search" and ("distill" in groups or VERBS[verb].trains):
         yield Reading("valid", "train.seq_length", cfg.train.seq_length, "train.eval_tokens", cfg.train.eval_tokens, None)
     if "eval" in groups:
         length, seq_length = ("eval", cfg.eval.seq_length) if cfg.eval.seq_length is not None else ("train", cfg.train.seq_length)
@@ -50,10 +57,17 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
             yield Reading(split, f"{length}.seq_length", seq_length, "eval.tokens", cfg.eval.tokens, None)
 
 
+def searches(cfg: Config, verb: str) -> bool:
+    """Whether a verb looks for the sizes itself."""
+    return verb in ("search", "compress") and bool(cfg.search.budgets)
+
+
 def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
     groups = VERBS[verb].groups
     trains, distils = VERBS[verb].trains, "distill" in groups
+    if searches(cfg, verb):
+        check_search(cfg, verb)
     for name in SINKS if trains else ():
         if getattr(cfg.logging, name) and importlib.util.find_spec(name) is None:
             raise absent(name)
@@ -73,7 +87,7 @@ def check(cfg: Config, verb: str) -> None:
     if "teacher" in groups and cfg.teacher.path is not None:
         locate(cfg.teacher.path, "teacher.path")
     if trains and cfg.teacher.cache.folder is not None:
-        Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(cfg))
+        Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(trial(cfg) if searches(cfg, verb) else cfg))
     if trains and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
         raise refuse(
             "distill.hidden.enabled", True, "hidden states can't be compared over layouts: teacher.parallel.tp and teacher.parallel.pp must be null"
@@ -89,6 +103,21 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+
+
+def check_search(cfg: Config, verb: str) -> None:
+    """Sizes are chosen or named, not both; the training's settings fit short distillations; cached predictions are of one order of the text."""
+    check_free(cfg.target, cfg.search)
+    try:
+        trial(cfg)
+    except RequestError as error:
+        raise refuse("search.rungs", cfg.search.rungs, f"the last is the end of a candidate's training, and there {error}") from error
+    if cfg.teacher.cache.folder is not None:
+        if cfg.search.seeds > 1:
+            raise refuse("search.seeds", cfg.search.seeds, "1 is needed with teacher.cache.folder: a cache is of one order of the text")
+        if verb == "compress" and cfg.train.steps != cfg.search.rungs[-1]:
+            other = f"it would serve the last of search.rungs={cfg.search.rungs} or train.steps={cfg.train.steps}, whose orders of the text differ"
+            raise refuse("teacher.cache.folder", cfg.teacher.cache.folder, f"{other}: null is needed")
 
 
 def check_effect(distill: Distill) -> None:
@@ -145,10 +174,14 @@ def check_lengths(cfg: Config, verb: str) -> None:
 def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     """What the sizes of the model rule out: targets, layouts, ways to rank its layers."""
     groups = VERBS[verb].groups
-    if "target" in groups:
-        pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
-        check_smaller(arch, pruned, cfg.target)
-        check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
+    if searches(cfg, verb):
+        check_layout(arch, cfg.parallel, "the model's")
+        check_candidates(cfg, arch)
+    elif "target" in groups:
+        target = wanted(cfg) if verb == "prune" else cfg.target
+        pruned = target_arch(arch, target, cfg.parallel, exported=verb == "compress")
+        check_smaller(arch, pruned, target)
+        check_ways(arch, pruned, target, cfg.calibrate.skip_layers)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
@@ -161,9 +194,35 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")
 
 
+def candidate_archs(cfg: Config, arch: Arch) -> list[Arch]:
+    """The candidates' architectures, as far as they can be told before anything is measured: with search.latency_ms there may be fewer.
+
+    Raises RequestError where there are none.
+    """
+    search = cfg.search
+    if search.latency_ms is not None:
+        search = dataclasses.replace(search, latency_ms=None, keep_dominated=True, max_candidates=sys.maxsize)
+    found = find(arch, search, cfg.parallel, cfg.dtype).candidates
+    return [target_arch(arch, candidate.target(cfg.target), cfg.parallel) for candidate in found]
+
+
+def check_candidates(cfg: Config, arch: Arch) -> None:
+    """Refuse budgets that nothing meets, and ways of cutting and of ranking layers that are no candidate's, or that calibration will not measure."""
+    shapes, target = candidate_archs(cfg, arch), cfg.target
+    if target.merge_heads and all(shape.heads_per_group == arch.heads_per_group for shape in shapes):
+        raise refuse("target.merge_heads", True, "no candidate loses query heads of a KV group; false is needed")
+    depths = {shape.num_layers for shape in shapes} - {arch.num_layers}
+    if target.layers_by != "bi" and not depths:
+        raise refuse("target.layers_by", target.layers_by, "no candidate has fewer layers; bi is needed")
+    needed = {skipped_at_a_time(target.layers_by, arch.num_layers, depth) for depth in depths} if target.layers_by != "bi" else set()
+    if missing := sorted(needed - {cfg.calibrate.skip_layers}):
+        raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers with {', '.join(map(str, missing))} is needed with it")
+
+
 def loads_teacher(cfg: Config, verb: str) -> bool:
     """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead."""
-    return "teacher" in VERBS[verb].groups and (verb != "distill" or (cfg.teacher.cache.folder is None and cfg.distill.loss != "none"))
+    needless = cfg.teacher.cache.folder is not None or cfg.distill.loss == "none"
+    return "teacher" in VERBS[verb].groups and not (needless and verb in ("search", "distill"))
 
 
 def check_no_teacher(cfg: Config, verb: str) -> None:
@@ -173,7 +232,7 @@ def check_no_teacher(cfg: Config, verb: str) -> None:
         raise refuse("distill.loss", "none", "there is no teacher whose predictions could be kept; minitron distill needs no cache then")
     if cfg.teacher.cache.folder is not None:
         raise refuse("teacher.cache.folder", cfg.teacher.cache.folder, needless)
-    if verb == "distill" and cfg.teacher.path is not None:
+    if verb in ("search", "distill") and cfg.teacher.path is not None:
         raise refuse("teacher.path", cfg.teacher.path, needless)
 
 
@@ -257,5 +316,8 @@ def remarks(cfg: Config, verb: str, arch: Arch) -> Iterator[str]:
 
 def training_remarks(cfg: Config, verb: str) -> Iterator[str]:
     """The same of a training, said when nothing is left to refuse it for."""
-    if VERBS[verb].trains and cfg.train.warmup_steps >= cfg.train.steps:
-        yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {cfg.train.steps - 1}, as train.steps={cfg.train.steps} end before it does"
+    steps, ends = (
+        (cfg.search.rungs[-1], f"search.rungs={cfg.search.rungs}") if verb == "search" else (cfg.train.steps, f"train.steps={cfg.train.steps}")
+    )
+    if VERBS[verb].trains and cfg.train.warmup_steps >= steps:
+        yield f"train.warmup_steps={cfg.train.warmup_steps}: shortened to {steps - 1}, as {ends} end before it does"

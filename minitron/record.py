@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from minitron import engine
 from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
 
@@ -25,13 +25,14 @@ ARTIFACTS = {
     "distill": "checkpoints/step_*/manifest.json", "train": "checkpoints/step_*/manifest.json", "evaluate": "eval.json", "export": "hf/config.json",
 }  # fmt: skip
 # a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there
-COMPRESSION = ("compress", "calibrate", "prune", "cache", "distill")
+COMPRESSION = ("compress", "calibrate", "search", "prune", "cache", "distill")
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
 FREE = ("run", "parallel", "eval", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
               "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
               "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
-              "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather")  # fmt: skip
+              "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather",
+              "search.together")  # fmt: skip
 # settings of what a verb makes itself, which a stage of the run reads under the same name: a cache may be made for another run, or mended
 MADE_HERE = {"cache": ("teacher.cache.folder", "teacher.cache.top_k")}
 # settings of the data that training alone reads: they bind nothing that was made before it
@@ -46,7 +47,8 @@ def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
-    return in_use({name: value for name, value in flat({group: tree[group] for group in groups}).items() if name not in left_out})
+    named = flat({group: tree[group] for group in groups})
+    return in_use({name: value for name, value in named.items() if name not in left_out and reads(verb, name)})
 
 
 def in_use(settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def in_use(settings: dict[str, Any]) -> dict[str, Any]:
 
 def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
     """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
-    recorded: dict[str, Any] = entry.get("settings", {})
+    recorded = {name: value for name, value in entry.get("settings", {}).items() if reads(verb, name)}  # earlier versions noted more
     return in_use({**settings_of(Config(), verb, free=True), **recorded}) if recorded else {}
 
 
@@ -77,10 +79,13 @@ def is_there(folder: Path, stage: str) -> bool:
 def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The stages whose results the run stands on, each with the settings that they were made with.
 
-    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings. Checkpoints
-    are what a training continues from, so they bind it even unfinished, but for ADJUSTABLE, and with it the stages that they descend from.
+    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings, and so is a search
+    until something is trained that descends from it. Checkpoints are what a training continues from, so they bind it even unfinished, but for
+    ADJUSTABLE, and with it the stages that they descend from.
     """
     step = trained(folder)
+    if step and record.get("search", {}).get("done"):
+        yield "search", {name: value for name, value in made_with(record["search"], "search").items() if name.startswith("search.")}
     for stage in ("data", "calibrate", "prune", "distill", "train"):
         entry = record.get(stage, {"done": False, "settings": {}})
         settings = made_with(entry, stage)
@@ -182,7 +187,7 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
                 made = f"run.dir={folder} belongs to a run whose {stage} was made with {name}={shown(theirs[name])}"
                 raise refuse(name, mine[name], f"{made}; use that, or another run.dir")
     write_config(folder / "config.yaml", cfg, verb)
-    if VERBS[verb].trains and (step := trained(folder)):
+    if VERBS[verb].trains and verb != "search" and (step := trained(folder)):
         before = record.get("train" if verb == "train" else "distill", {"settings": {}})["settings"]
         changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
         if changed:
@@ -201,8 +206,18 @@ def check_kind(folder: Path, record: dict[str, Any], verb: str) -> None:
 
 
 def write_config(file: Path, cfg: Config, verb: str) -> None:
-    """config.yaml: the settings of this verb's groups as they are now, the others as an earlier verb of the run left them."""
+    """config.yaml: the settings that this verb reads as they are now, the others as an earlier verb of the run left them."""
     if file.exists():
         earlier = from_yaml(file.read_text(encoding="utf-8"))
-        cfg = dataclasses.replace(earlier, **{group: getattr(cfg, group) for group in VERBS[verb].groups})
+        cfg = dataclasses.replace(
+            earlier, **{group: newer(getattr(earlier, group), getattr(cfg, group), group, verb) for group in VERBS[verb].groups}
+        )
     write_text(file, to_yaml(cfg))
+
+
+def newer(earlier: Any, now: Any, group: str, verb: str) -> Any:
+    """A group, or a setting without one, as it is now as far as the verb reads it."""
+    if not dataclasses.is_dataclass(earlier):
+        return now
+    names = [field.name for field in dataclasses.fields(earlier) if reads(verb, f"{group}.{field.name}")]
+    return dataclasses.replace(earlier, **{name: getattr(now, name) for name in names})  # type: ignore[type-var]

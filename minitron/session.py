@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 import minitron
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.checks import check, check_hidden, check_model, check_teacher, check_texts, check_tokenizers, remarks, training_remarks
+from minitron.checks import (
+    candidate_archs,
+    check,
+    check_hidden,
+    check_model,
+    check_teacher,
+    check_texts,
+    check_tokenizers,
+    remarks,
+    searches,
+    training_remarks,
+)
 from minitron.config.schema import MISSING, Config
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
@@ -23,8 +34,9 @@ from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
 from minitron.pruning.target import target_arch
-from minitron.record import ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, settings_of
+from minitron.record import ADJUSTABLE, ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, settings_of, trained
 from minitron.reporting.console import counter
+from minitron.search.ladder import trial
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
 
@@ -151,6 +163,13 @@ class Session:
             **settled(cfg),
         )
 
+    def trial(self, number: int) -> Session:
+        """This open run with the settings of a search's short distillations (`search.ladder.trial`); processes, models and text are the same ones."""
+        other = dataclasses.replace(self, cfg=trial(self.cfg, number))
+        shared = ("source", "teacher_source", "teacher_world", "teacher", "data")
+        other.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
+        return other
+
     def load_source(self) -> engine.Model:
         """A fresh copy of the model to compress, this rank's shard."""
         return load(self.source, self.world, self.dtype)
@@ -206,8 +225,10 @@ class Session:
 
         def look() -> bool:
             entry = read_json(self.folder / RECORD).get(verb, {})
-            same = made_with(entry, verb) == settings_of(self.cfg, verb, free=True) and entry.get("inputs") == self.inputs(verb)
-            return bool(entry.get("done")) and same and is_there(self.folder, verb)
+            theirs, mine = made_with(entry, verb), settings_of(self.cfg, verb, free=True)
+            if verb == "search" and trained(self.folder):  # what a training may change on its way, it does not search again for
+                theirs, mine = ({name: value for name, value in one.items() if name not in ADJUSTABLE} for one in (theirs, mine))
+            return bool(entry.get("done")) and theirs == mine and entry.get("inputs") == self.inputs(verb) and is_there(self.folder, verb)
 
         return engine.on_main(self.world, look)
 
@@ -217,7 +238,7 @@ class Session:
         if verb in ("evaluate", "export"):
             which = self.cfg.run.checkpoint
             found["checkpoint"] = str(self.checkpoints.latest() if which == "last" else which)
-        if verb in ("distill", "evaluate") and self.cfg.teacher.path is not None:
+        if verb in ("search", "distill", "evaluate") and self.cfg.teacher.path is not None:
             found["teacher"] = self.teacher_source.fingerprint()
         manifest = Manifest.load(self.folder / "data")
         for split, parts in sorted(manifest.splits.items()):
@@ -296,20 +317,22 @@ def check_models(opened: Session) -> None:
         if cfg.teacher.path is not None:
             check_teacher(cfg, opened.verb, arch, opened.teacher_source.arch)
             check_tokenizers(cfg.teacher.path, opened.source.folder, opened.teacher_source.folder)
-        if (student := student_arch(opened)) is not None:
+        for student in student_archs(opened) if cfg.distill.hidden.enabled else ():
             check_hidden(cfg, student, opened.teacher_source.arch)
     if cfg.spec == "transformer_engine" and ("teacher" in VERBS[opened.verb].groups or VERBS[opened.verb].trains):
         opened.spec()
 
 
-def student_arch(opened: Session) -> Arch | None:
-    """The sizes of what this verb distils: as asked for or, where they are no longer asked for, as pruned (None: not yet)."""
-    cfg, groups = opened.cfg, VERBS[opened.verb].groups
-    if "target" in groups:
-        return target_arch(opened.source.arch, cfg.target, cfg.parallel)
+def student_archs(opened: Session) -> list[Arch]:
+    """The sizes of what this verb distils: as asked for, every candidate's or, where they are no longer asked for, as pruned (none: not yet)."""
+    cfg, arch = opened.cfg, opened.source.arch
+    if searches(cfg, opened.verb):
+        return candidate_archs(cfg, arch)
+    if "target" in VERBS[opened.verb].groups:
+        return [target_arch(arch, cfg.target, cfg.parallel)]
     file = opened.pruned / "arch.json"
     sizes = engine.on_main(opened.world, lambda: read_json(file) if file.exists() else None)
-    return Arch.from_dict(sizes) if sizes else None
+    return [Arch.from_dict(sizes)] if sizes else []
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def train(
         task = engine.Task(
             microbatches=lambda step: step_batches(samples, cfg, world, step),
             loss=loss,
-            validate=lambda: validate(opened, model),
+            validate=lambda: {"valid_loss": held_out_loss(opened, model, cfg.train.eval_tokens, "train.eval_tokens")},
             report=report,
             source=lambda step: sources(opened, step),
             flops_per_token=training_flops(model.arch, cfg.train.seq_length, teacher),
@@ -70,14 +70,14 @@ def sources(opened: Session, step: int) -> str:
     return " and ".join(data.parts[data.splits["train"][part][0]].source for part in parts)
 
 
-def validate(opened: Session, model: engine.Model) -> dict[str, float]:
-    """The model's language-model loss on held-out text."""
+def held_out_loss(opened: Session, model: engine.Model, tokens: int, setting: str) -> float:
+    """The model's language-model loss on so many tokens of held-out text; `setting` says where the number comes from."""
     from minitron.data.corpus import Windows, eval_batches
 
     train, world = opened.cfg.train, opened.world
-    windows = Windows(opened.data.blend("valid"), train.seq_length, limit_tokens=train.eval_tokens, setting="train.eval_tokens")
+    windows = Windows(opened.data.blend("valid"), train.seq_length, limit_tokens=tokens, setting=setting)
     stream = eval_batches(windows, micro_batch_size=train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
-    return {"valid_loss": engine.language_model_score(model, stream, world).loss}
+    return engine.language_model_score(model, stream, world).loss
 
 
 class _metrics:

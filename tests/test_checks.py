@@ -22,6 +22,7 @@ from minitron.config.build import build
 from minitron.config.schema import Config
 from minitron.data.manifest import Manifest, Part
 from minitron.errors import RequestError
+from minitron.search.candidates import Candidate, Results, wanted
 from tests.oracles.models import config_of
 
 ARCH = from_hf(config_of(max_position_embeddings=256).to_dict(), "x")
@@ -280,4 +281,75 @@ def test_a_model_that_is_trained_whole_must_fit_and_be_fed():
         check_lengths(config({"train": {"seq_length": 128}}), "train")
     assert list(training_remarks(config({"train": {"warmup_steps": 10}}), "train")) == [
         "train.warmup_steps=10: shortened to 9, as train.steps=10 end before it does"
+    ]
+
+
+SEARCH = {"search": {"params": 25e3, "hidden_size": [24, 30, 36], "rungs": [2, 4], "tokens": 64}, "target": {"hidden_size": None}}
+
+
+def searching(changes=None, **others):
+    """Settings of a search, some of them other ones."""
+    changes = {**(changes or {}), **others}
+    return config({group: {**SEARCH.get(group, {}), **changes.get(group, {})} for group in {*SEARCH, *changes}})
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "said"),
+    [
+        ("search", {"target": {"num_layers": 2}}, "target.num_layers=2: must be null with search.params, which looks for the sizes"),
+        ("compress", {"target": {"ffn_hidden_size": 0.5}}, "target.ffn_hidden_size=0.5: must be null with search.params, which looks for the sizes"),
+        ("search", {"search": {"tokens": 8}}, "search.tokens=8: less than one window of train.seq_length=16 tokens"),
+        ("search", {"search": {"seeds": 2}, "teacher": {"cache": {"folder": "c"}}}, "search.seeds=2: 1 is needed with teacher.cache.folder"),
+        (
+            "compress",
+            {"teacher": {"cache": {"folder": "c"}}},
+            "teacher.cache.folder=c: it would serve the last of search.rungs=[2, 4] or train.steps=10",
+        ),
+        (
+            "search",
+            {"train": {"schedule": "wsd", "decay_steps": 6}},
+            "search.rungs=[2, 4]: the last is the end of a candidate's training, and there train.decay_steps=6: 1 to 2 steps",
+        ),
+    ],
+)
+def test_a_search_that_can_not_be_is_refused_by_its_settings(verb, changes, said):
+    with pytest.raises(RequestError) as refusal:
+        check(searching(changes), verb)
+    assert str(refusal.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"search": {"params": 1e3}}, "search.params=1000: no architecture of the grid comes within 5 %"),
+        ({"parallel": {"tp": 5}}, "parallel.tp=5: must divide the model's ffn_hidden_size=36"),
+        ({"target": {"merge_heads": True}}, "target.merge_heads=true: no candidate loses query heads of a KV group; false is needed"),
+        ({"target": {"layers_by": "block"}, "search": {"num_layers": [1, 2, 3]}}, "target.layers_by=block: calibrate.skip_layers with "),
+    ],
+)
+def test_no_candidate_is_within_what_is_asked(changes, said):
+    for verb in ("search", "compress"):
+        with pytest.raises(RequestError) as refusal:
+            check_model(searching(changes), verb, ARCH)
+        assert str(refusal.value).startswith(said)
+
+
+def test_a_pruning_without_sizes_takes_those_of_a_search(tmp_path):
+    asked = searching(run={"dir": str(tmp_path)})
+    with pytest.raises(
+        RequestError, match=r"^target.num_layers=null: sizes are needed under target, or those that minitron search chooses: .* was not run$"
+    ):
+        check_model(asked, "prune", ARCH)
+    found = Results(ARCH, {}, 1, {}, [Candidate("a", {"num_layers": 1, "hidden_size": 24}, {})])
+    found.save(tmp_path)
+    with pytest.raises(RequestError, match=r"is not at its end$"):
+        check_model(asked, "prune", ARCH)
+    dataclasses.replace(found, chosen="a").save(tmp_path)
+    check_model(asked, "prune", ARCH)
+    assert (wanted(asked).num_layers, wanted(asked).hidden_size, wanted(config({})).num_layers) == (1, 24, None)
+
+
+def test_the_warm_up_of_a_search_ends_with_its_rungs():
+    assert [*training_remarks(searching(train={"warmup_steps": 7}), "search")] == [
+        "train.warmup_steps=7: shortened to 3, as search.rungs=[2, 4] end before it does"
     ]

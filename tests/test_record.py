@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from minitron.config.build import build
+from minitron.config.build import build, from_yaml
 from minitron.config.schema import Config
 from minitron.engine.verified import mark
 from minitron.errors import RequestError
 from minitron.files import write_json
-from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, own, settings_of
+from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, made_with, own, settings_of
 
 DONE = ("data", "calibrate", "prune", "distill", "evaluate", "export")
 
@@ -243,3 +243,26 @@ def test_how_training_reads_its_text_binds_training_alone(run):
     claim(run(["data", "calibrate", "prune"]), packed, "distill")
     with pytest.raises(RequestError, match=r"^data.packing=documents: .* whose distill was made with data.packing=stream; use that"):
         claim(run(["data", "calibrate", "prune"], ["distill"], [4]), packed, "distill")
+
+
+def test_an_evaluation_needs_none_of_the_training_s_settings_and_leaves_them_as_they_were(run):
+    """It reads the length of a sequence; that one still binds it."""
+    trained = config(train={"steps": 50, "lr": 1e-3, "beta1": 0.5, "seq_length": 64, "global_batch_size": 4})
+    folder = run(["data", "calibrate", "prune", "distill"], steps=[50], cfg=trained)
+    claim(folder, trained, "distill")
+    before = from_yaml((folder / "config.yaml").read_text())
+    plain = config(train={"steps": 1000, "seq_length": 64}, eval={"tokens": 128}, run={"checkpoint": "best"})
+    claim(folder, plain, "evaluate")
+    after = from_yaml((folder / "config.yaml").read_text())
+    assert after.train == before.train == trained.train
+    assert (after.eval.tokens, after.run.checkpoint) == (128, "best")
+    with pytest.raises(RequestError, match=r"^train.seq_length=1024: .* made with train.seq_length=64; use that"):
+        claim(folder, config(), "evaluate")
+    with pytest.raises(RequestError, match=r"^train.beta1=0.9: .* whose distill was made with train.beta1=0.5; use that"):
+        claim(folder, dataclasses.replace(plain, train=dataclasses.replace(trained.train, beta1=0.9)), "distill")
+
+
+def test_what_an_evaluation_of_an_earlier_version_noted_of_the_training_is_passed_over():
+    noted = settings_of(config(train={"seq_length": 64}), "evaluate", free=True)
+    assert [name for name in noted if name.startswith("train.")] == ["train.seq_length"]
+    assert made_with({"settings": {**noted, "train.lr": 0.1}}, "evaluate") == noted

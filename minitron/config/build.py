@@ -28,12 +28,13 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for 
 
 
 class Setting(NamedTuple):
-    """One leaf of the tree: its full dotted name, the types it may have, its default and its dataclass metadata."""
+    """One leaf of the tree: its full dotted name, the types it may have, its default, its dataclass metadata, and what a list of it holds."""
 
     name: str
     kinds: tuple[Any, ...]
     default: Any
     rule: typing.Mapping[str, Any]
+    items: Any
 
 
 def settings(group: type = Config, prefix: str = "") -> Iterator[Setting]:
@@ -45,7 +46,8 @@ def settings(group: type = Config, prefix: str = "") -> Iterator[Setting]:
             yield from settings(typing.cast(type, hint), f"{name}.")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield Setting(name, kinds_of(hint), default, field.metadata)
+            kinds = kinds_of(hint)
+            yield Setting(name, kinds, default, field.metadata, item_type(hint) if list in kinds else None)
 
 
 def build(group: type[Group], tree: Any, prefix: str = "") -> Group:

@@ -8,10 +8,10 @@ from typing import Any
 from minitron.config.build import Setting, settings
 from minitron.config.compose import choices, groups
 from minitron.config.schema import Config
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, reads
 from minitron.errors import shown
 
-TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", list: "list of int", dict: "NAME: text"}
+TYPES: dict[Any, str] = {bool: "true | false", int: "int", float: "float", str: "text", dict: "NAME: value"}
 UNBROKEN = "\N{NO-BREAK SPACE}"
 BOUNDS = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
 EXITS = [
@@ -49,19 +49,19 @@ def verb_help(verb: str, width: int) -> str:
         (f"torchrun --nproc-per-node=8 -m minitron {verb} ...", "the same on eight GPUs"),
         (f"minitron {verb} ... --cfg", "print the composed settings as YAML, run nothing"),
     ]
-    alone = "parallel" not in read
+    alone = "parallel" not in read or "run.dir" not in needs  # what needs no folder works with settings alone, in one process
     lines = [
         *paragraph(f"minitron {verb}: {summary}", width, ""),
         *section("usage", rows(usage[::2] if alone else usage, width)),
         *section("must be set", [line for need in needs for line in paragraph(need.replace(" | ", " or "), width, "  ", hang="    ")]),
         *section("ready-made choices", rows(ready_made([group for group in groups() if group in ("recipe", *read)]), width)),
     ]
-    every = list(settings())
+    every = [setting for setting in settings() if reads(verb, setting.name)]
     tables = {name: [setting for setting in every if setting.name.startswith(f"{name}.")] for name in read}
     for name, table in tables.items():
         if table:
             lines += section(name, [*about(name, width), *rows([described(setting) for setting in table], width)])
-    if general := [setting for setting in every if setting.name in read]:
+    if general := [setting for setting in every if "." not in setting.name]:
         lines += section("general", rows([described(setting) for setting in general], width))
     return "\n".join(lines + section("exit codes", rows(EXITS, width)))
 
@@ -69,7 +69,8 @@ def verb_help(verb: str, width: int) -> str:
 def described(setting: Setting) -> tuple[str, str]:
     """`name=default` and the meaning, followed by the type and what is allowed: `[int >= 1]`."""
     rule = setting.rule
-    kinds = [TYPES[kind] for kind in setting.kinds if kind is not type(None)] if rule["allowed"] is None else map(shown, rule["allowed"])
+    types = {**TYPES, list: f"list of {TYPES.get(setting.items)}"}
+    kinds = [types[kind] for kind in setting.kinds if kind is not type(None)] if rule["allowed"] is None else map(shown, rule["allowed"])
     bounds = ", ".join(f"{sign} {rule[key]:g}" for key, sign in BOUNDS.items() if rule[key] is not None)
     allowed = f"{' | '.join(kinds)} {bounds}".strip() + (" | null" if type(None) in setting.kinds else "")
     return f"{setting.name}={shown(setting.default)}", f"{rule['help']} [{allowed.replace(' ', UNBROKEN)}]"

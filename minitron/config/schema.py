@@ -62,6 +62,11 @@ class Model:
         MISSING,
         "the model to compress: a Hugging Face folder, a hub id, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
     )
+    shape: dict[str, int | float | bool | str | None] = setting(
+        {},
+        "what the config.json of a model without files would say, as KEY: value (model_type, hidden_size, ...); minitron plan reads it without "
+        "model.path",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,11 @@ class Target:
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes that are asked for, by name."""
+        return {field.name: value for field in dataclasses.fields(self) if field.default is None and (value := getattr(self, field.name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +355,7 @@ class Search:
     num_attention_heads: list[int] | None = setting(None, "query heads to look at (null: the model's)", least=1)
     num_query_groups: list[int] | None = setting(None, "KV groups to look at (null: the model's)", least=1)
     hidden_multiple_of: int = setting(64, "widths of a grid of its own are multiples of this, as tensor cores like them", least=1)
-    ffn_multiple_of: int = setting(128, "MLP sizes of a grid of its own are multiples of this", least=1)
+    ffn_multiple_of: int = setting(128, "MLP sizes of a grid of its own, and those of search.ffn_expansion, are multiples of this", least=1)
     values: int = setting(9, "most sizes of an axis in a grid of its own: where there are more, it is coarser", least=2)
     keep_dominated: bool = setting(False, "also look at models that another one within the budgets is at least as large as on every axis")
     max_candidates: int = setting(64, "most candidates whose loss is measured; more are refused", least=1)
@@ -356,7 +366,7 @@ class Search:
         [50, 100, 200, 400], "steps of distillation after which candidates are compared; only search.survive of them go on to the next", least=1
     )
     survive: float = setting(0.5, "share of the candidates that goes on from a rung, at least two of them", above=0, most=1)
-    settled: int = setting(2, "rungs in a row in one and the same order of those that go on, after which the search ends (0: never early)", least=0)
+    settled: int = setting(2, "rungs in a row with one and the same order of all that came to the last of them, after which the search ends (0: never early)", least=0)
     seeds: int = setting(1, "orders of the training data that each candidate is distilled on; its loss is their mean", least=1)
     together: int | None = setting(None, "candidates trained at the same time, sharing the teacher's passes (null: as many as memory holds)", least=1)
 

@@ -36,7 +36,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "what the settings come to, before anything is computed: sizes, parameters, arithmetic, memory; of a search, which candidates remain and why",
         ("run", "model", "target", "search", "train", "parallel", *COMMON),
-        ("model.path", f"{AXES} | {BUDGETS}"),
+        ("model.path | model.shape",),
     ),
     "data": Verb(
         "tokenise text into Megatron's indexed files",
@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
         "find the best sizes within a budget: enumerate, compare by loss as pruned, then by short distillations of those that are left",
         ("run", "model", "target", "search", "data", "calibrate", "teacher", "distill", "train", "parallel", "logging", *COMMON),
         ("run.dir", "model.path", "data.train", BUDGETS),
+        trains=True,
     ),
     "prune": Verb(
         "cut the model down to the target's sizes, or those that search chose, keeping the units that matter most",
@@ -96,3 +97,19 @@ VERBS: dict[str, Verb] = {
         ("run.dir",),
     ),
 }
+
+
+# settings that not every verb with their group reads: those that do
+READERS = {
+    "run.checkpoint": ("compress", "family", "evaluate", "export"),
+    "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
+}
+# groups of which a verb reads these settings alone
+READ_ALONE = {("evaluate", "train"): ("train.seq_length",)}
+
+
+def reads(verb: str, setting: str) -> bool:
+    """Whether a verb has any use for a setting, by its full name."""
+    group = setting.split(".")[0]
+    alone = READ_ALONE.get((verb, group), (setting,))
+    return group in VERBS[verb].groups and verb in READERS.get(setting, VERBS) and setting in alone

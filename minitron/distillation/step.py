@@ -22,15 +22,22 @@ if TYPE_CHECKING:
     ForStep = Callable[[int, list[engine.Batch]], engine.StepLoss]
 
 
-def distillation_loss(student: engine.Model, teacher: Teacher, settings: Distill, world: engine.World, hidden: HiddenLoss | None = None) -> ForStep:
+def distillation_loss(
+    student: engine.Model,
+    teacher: Teacher,
+    settings: Distill,
+    world: engine.World,
+    hidden: HiddenLoss | None = None,
+    scratch: Scratch | None = None,
+) -> ForStep:
     """The trainer's `loss`: asks the teacher about a step's microbatches, then gives the student's loss of each.
 
     Forward KL of the whole next-token distributions, alone (arXiv 2407.14679, best practice 5), unless `settings` say otherwise;
     with their loss "none", and `NoTeacher`, the cross-entropy alone.
-    `hidden` adds its loss; its `teacher_states` watch this teacher's passes.
+    `hidden` adds its loss; its `teacher_states` watch this teacher's passes. `scratch`: memory to work in, which losses that are made one after
+    another may share (None: of its own).
     """
-
-    scratch = Scratch()
+    scratch = scratch or Scratch()
 
     def for_step(step: int, batches: list[engine.Batch]) -> engine.StepLoss:
         signals = dict(enumerate(teacher.signals(step, batches)))

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from minitron.engine.scoring import *  # noqa: F403
     from minitron.engine.sharded import *  # noqa: F403
     from minitron.engine.specs import *  # noqa: F403
+    from minitron.engine.timing import *  # noqa: F403
     from minitron.engine.trainer import *  # noqa: F403
     from minitron.engine.vocab import *  # noqa: F403
 
-MODULES = ("batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "exchange", "sharded", "checkpoint", "meter", "trainer")
+MODULES = ("batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "exchange", "sharded", "checkpoint", "meter", "trainer", "timing")
 
 
 def __getattr__(name: str) -> Any:

@@ -172,7 +172,7 @@ class Checkpoints:
                 self._finish(world)
         except RequestError as error:
             if final:
-                raise
+                raise RequestError(f"{error}: {self._what_stays()}; with room for it, the same command continues") from error
             self._say_lost(error, world)
 
     def poll(self, world: World) -> None:
@@ -196,9 +196,11 @@ class Checkpoints:
 
     def _say_lost(self, error: RequestError, world: World) -> None:
         if world.is_main:
-            before = self.latest()
-            kept = "there is none before it" if before is None else f"the one of step {before} stays"
-            say_once(f"{error}: this checkpoint is not there, {kept}, and the training goes on")
+            say_once(f"{error}: {self._what_stays()}, and the training goes on")
+
+    def _what_stays(self) -> str:
+        before = self.latest()
+        return "this checkpoint is not there, " + ("there is none before it" if before is None else f"the one of step {before} stays")
 
     def _finish(self, world: World) -> None:
         if self.pending is None:

@@ -1,9 +1,11 @@
 """What a training step cost: time, speed, the arithmetic of the models, memory."""
 
 import dataclasses
+import os
 import resource
 import sys
 
+import psutil
 import torch
 
 # Dense matrix products in 10^12 a second, from the makers' data sheets, by part of the device's name, the first that fits (a GH200
@@ -69,3 +71,12 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on its device; on a host they are shared out between the processes that torchrun started there."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return int(psutil.virtual_memory().available) // processes

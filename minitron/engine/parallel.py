@@ -375,6 +375,15 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(votes.item())
 
 
+def least(value: int, world: World) -> int:
+    """The smallest of all ranks' whole numbers, on each of them."""
+    if world.size == 1:
+        return value
+    found = torch.tensor([value], device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found.item())
+
+
 def sum_over_model_ranks(value: int, world: World) -> int:
     """A whole number summed over the tensor and pipeline ranks that together hold one model."""
     total = torch.tensor([value], dtype=torch.int64, device=world.device)

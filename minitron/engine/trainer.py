@@ -303,21 +303,28 @@ def fit(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: 
         checkpoints.drop()
 
 
-def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
-    settings, world, guard = trainer.settings, trainer.world, trainer.guard
+def take_step(trainer: Trainer, task: Task, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The next step, on all ranks together: its metrics, which are still to be told (`tell`)."""
+    settings, world = trainer.settings, trainer.world
     tokens = settings.global_batch_size * settings.seq_length
     meter = Meter(tokens, world.size, task.flops_per_token, task.peak_tflops)
+    started = time.perf_counter()
+    batches = task.microbatches(trainer.step)
+    data_seconds = time.perf_counter() - started
+    line = trainer.update(batches, ask(trainer, task, batches, checkpoints))
+    trainer.step += 1
+    figures = meter.figures(time.perf_counter() - started, data_seconds, peak_memory(world.device))
+    metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, **figures}
+    if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
+        del metrics["counted_tokens"]
+    return metrics
+
+
+def _steps(trainer: Trainer, task: Task, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
+    settings, world, guard = trainer.settings, trainer.world, trainer.guard
     owed = False
     while trainer.step < settings.steps:
-        started = time.perf_counter()
-        batches = task.microbatches(trainer.step)
-        data_seconds = time.perf_counter() - started
-        line = trainer.update(batches, ask(trainer, task, batches, checkpoints))
-        trainer.step += 1
-        figures = meter.figures(time.perf_counter() - started, data_seconds, peak_memory(world.device))
-        metrics = {"step": trainer.step, **line, "tokens": trainer.step * tokens, **figures}
-        if metrics["counted_tokens"] == tokens:  # every token that was read, as always where nothing is masked
-            del metrics["counted_tokens"]
+        metrics = take_step(trainer, task, checkpoints)
         last = trainer.step == settings.steps
         owed = owed or trainer.step % settings.save_interval == 0
         due = owed and not guard.in_a_row  # a good checkpoint is not given up for one amid bad steps: it waits for the next good step

@@ -1,7 +1,7 @@
 """Cutting the sharded weights, each rank its own, one parameter at a time; the old parameter is freed before the next is cut.
 
 The new model is a skeleton without memory whose parameters are put in place as they are cut, so at no time do two models
-exist. Legend: U units, P rows that one unit contributes, R other dims.
+exist, unless the old one is to stay for the next cut. Legend: U units, P rows that one unit contributes, R other dims.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from minitron.pruning.keep import Keep
 Tensor = torch.Tensor
 
 
-def reslice(model: engine.Model, keep: Keep, target: Arch, world: engine.World, spec: str = "torch") -> engine.Model:
-    """The pruned model; `model` is emptied. Peak extra memory: the parameter being cut.
+def reslice(
+    model: engine.Model, keep: Keep, target: Arch, world: engine.World, spec: str = "torch", recompute: str = "none", empty: bool = True
+) -> engine.Model:
+    """The pruned model; `model` is emptied, unless `empty` is False: then it stays as it is, to be cut again. Peak extra memory: the parameter
+    being cut, or the pruned model, none of whose parameters shares memory with the old one's.
 
     After a depth cut, layers travel so that every stage has its share again; they are cut first. Asserts every shape, the count
     of parameters and the tied head.
     """
     original = model.arch
-    pruned = engine.skeleton(target, world, model.config.params_dtype, spec)
+    pruned = engine.skeleton(target, world, model.config.params_dtype, spec, recompute)
+    taken = release if empty else parameter_of
     plans = Plans(keep, original, world)
     old_names = {(row.name, layer): name for name, row, layer in engine.rows(model)}
     new_names = {(row.name, layer): name for name, row, layer in engine.rows(pruned)}
     for (_, layer), name in old_names.items():
-        if layer is not None and layer not in keep.layers:
+        if empty and layer is not None and layer not in keep.layers:
             release(model, name)
     for name, row, layer in engine.rows(pruned):
         if layer is None:  # the last stage's copy of a tied embedding has the name it had
             old_name = name if engine.is_copy(name, pruned) else old_names[row.name, None]
-            engine.put(pruned, name, row, None, cut(release(model, old_name), row, None, keep, original, plans, world))
+            engine.put(pruned, name, row, None, cut(taken(model, old_name), row, None, keep, original, plans, world))
     block_rows = [row for row in PARAMETERS if row.per_layer and row.exists(original)]
     for layer, source, destination in journeys(keep, original, target, world):
         if world.pp_rank not in (source, destination):
@@ -47,7 +51,7 @@ def reslice(model: engine.Model, keep: Keep, target: Arch, world: engine.World, 
         for row in block_rows:
             tensor = None
             if world.pp_rank == source:
-                tensor = cut(release(model, old_names[row.name, old_layer]), row, old_layer, keep, original, plans, world)
+                tensor = cut(taken(model, old_names[row.name, old_layer]), row, old_layer, keep, original, plans, world)
             if source != destination:
                 shape = shard_shape(row, target.layer(layer), world.tp)
                 tensor = engine.move_between_stages(tensor, source, destination, shape, model.config.params_dtype, world)
@@ -73,6 +77,11 @@ def journeys(keep: Keep, original: Arch, target: Arch, world: engine.World) -> l
         found.append((layer, stage_of(old_layer, original.num_layers, pp, vpp), stage_of(layer, target.num_layers, pp, vpp)))
     forward = [journey for journey in found if journey[2] > journey[1]]
     return forward[::-1] + [journey for journey in found if journey[2] <= journey[1]]
+
+
+def parameter_of(model: engine.Model, name: str) -> Tensor:
+    """A parameter's tensor, which stays the model's."""
+    return model.get_parameter(name).detach()
 
 
 def release(model: engine.Model, name: str) -> Tensor:

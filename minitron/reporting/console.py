@@ -29,8 +29,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from minitron.reporting import standing
 from minitron.reporting.results import HELD_OUT, RESULTS, STUDENT, Evals, Row, models_of, rows, task_rows
-from minitron.reporting.wording import ABSENT, counted, decimal, percent, size
+from minitron.reporting.standing import Standing
+from minitron.reporting.wording import ABSENT, clock, counted, decimal, percent, size
+from minitron.search.candidates import Results, Rung
 
 Advance = Callable[..., None]
 Count = Callable[[str, int, int, float | None], None]
@@ -77,12 +80,6 @@ def _short(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:#.4g}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextlib.contextmanager
@@ -315,3 +312,100 @@ def _tasks(tasks: list[tuple[str, list[float | None]]], models: tuple[str, ...])
     for name, values in tasks:
         table.add_row(Text(name), *(ABSENT if value is None else f"{value:.4g}" for value in values))
     return table
+
+
+# ---- a search ----
+
+Columns = dict[str, Callable[[Standing], str]]
+
+
+def show_candidates(results: Results, *, console: Console | None = None) -> None:
+    """Print every candidate with its sizes and costs, and how many of the grid are none and why."""
+    console = console or Console()
+    sizes, costs = _sizes(results), _costs(standing.costs_of(results))
+    _print_candidates(sizes | costs, standing.standings(results), [*[*reversed(costs)][:-1], *reversed(sizes)], console)
+    _print_told([("", text) for text in (standing.unvaried(results), f"{standing.grid_told(results)}.") if text], console)
+
+
+def show_rung(results: Results, at: int = -1, *, console: Console | None = None) -> None:
+    """Print one rung of a search: the candidates that were on it, the best first, their losses (of every seed, and the mean), and who goes on."""
+    console, rung = console or Console(), results.rungs[at]
+    place = {name: number for number, name in enumerate(standing.ranking(rung))}
+    found = sorted((one for one in standing.standings(results) if one.name in place), key=lambda one: place[one.name])
+    seeds = max((len(losses) for losses in rung.losses.values()), default=0)
+    by_seed = {f"seed {seed + 1}": functools.partial(_loss_of_seed, rung, seed) for seed in range(seeds if seeds > 1 else 0)}
+    verdicts = {True: "stays" if rung.stayed else "", False: "out"}
+    last: Columns = {
+        "mean" if by_seed else "loss": lambda one: decimal(standing.mean_losses(rung)[one.name], 4),
+        "": lambda one: "chosen" if one.chosen else verdicts[standing.goes_on(rung, one.name)],
+    }
+    sizes, costs = _sizes(results), _costs(standing.costs_bound(results))
+    console.print(Text(f" {standing.when(rung)}" + (f", {size(rung.tokens)} tokens each" if rung.tokens else ""), style="bold"))
+    left_out = [*reversed(by_seed), *[*reversed(costs)][:-1], *reversed(sizes), *costs]
+    _print_candidates(sizes | costs | by_seed | last, found, left_out, console, dim=lambda one: not standing.goes_on(rung, one.name))
+    _print_told([("", f"{told}.") for told in [standing.stability([rung])] if told], console)
+
+
+def show_search(results: Results, *, console: Console | None = None) -> None:
+    """Print what a search came to: every candidate with its losses rung by rung and what became of it, the chosen one, how sure that is, its cost."""
+    console = console or Console()
+    losses = {
+        f"{rung.steps:,} steps" if rung.steps else "untrained": functools.partial(_loss_on_rung, at, digits=3)
+        for at, rung in enumerate(results.rungs)
+    }
+    last: Columns = {"": lambda one: standing.outcome(results, one)}
+    sizes, costs = _sizes(results), _costs(standing.costs_bound(results))
+    left_out = [*[*reversed(costs)][:-1], *reversed(sizes), *[*losses][:-1], *costs, *losses]
+    found = standing.standings(results)
+    _print_candidates(sizes | costs | losses | last, found, left_out, console, dim=lambda one: one.fell is not None)
+    _print_told(standing.told(results), console)
+
+
+def _print_told(lines: Iterable[tuple[str, str]], console: Console) -> None:
+    """What (where it has a name) and its figures, which are wrapped beside it."""
+    lines = [*lines]
+    table = Table.grid(padding=(0, 2 if any(what for what, _ in lines) else 0), pad_edge=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, told in lines:
+        table.add_row(what, Text(told))
+    console.print(table)
+
+
+def _loss_of_seed(rung: Rung, seed: int, one: Standing) -> str:
+    return "".join(decimal(loss, 4) for loss in rung.losses[one.name][seed : seed + 1])
+
+
+def _loss_on_rung(at: int, one: Standing, digits: int) -> str:
+    loss = one.losses[at]
+    return "" if loss is None else decimal(loss, digits)
+
+
+def _sizes(results: Results) -> Columns:
+    """Columns of the sizes that differ."""
+    return {standing.HEADINGS[field]: functools.partial(standing.size_text, field) for field in standing.varied(results)}
+
+
+def _costs(names: list[str]) -> Columns:
+    """Columns of these costs."""
+    return {standing.COSTS[name][0]: functools.partial(standing.cost_text, name) for name in names}
+
+
+def _print_candidates(
+    columns: Columns, found: list[Standing], left_out: Iterable[str], console: Console, dim: Callable[[Standing], bool] = lambda one: False
+) -> None:
+    """A row for each of `found`; where the console is too narrow it goes without the columns `left_out`, the first one first."""
+    order = [heading for heading in left_out if heading in columns]
+
+    def table(shown: Columns) -> Table:
+        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        made.add_column("candidate", overflow="fold")
+        for heading in shown:
+            made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for one in found:
+            style = "bold" if one.chosen else "dim" if dim(one) else None
+            made.add_row(Text(one.name), *(Text(write(one)) for write in shown.values()), style=style)
+        return made
+
+    fewer = ({heading: write for heading, write in columns.items() if heading not in order[:count]} for count in range(len(order) + 1))
+    console.print(fitting(map(table, fewer), console))

@@ -5,19 +5,23 @@ The hues (blue, vermilion, grey) stay apart for every kind of colour vision.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
+from matplotlib.transforms import Bbox
 
 Boxes = npt.NDArray[Any]  # [n, 4]: left, bottom, width, height
+Points = Sequence[tuple[float, float]]
 
 # role -> (light, dark)
 COLORS = {
@@ -102,6 +106,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'font-family: [^;"]*;|transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1aria-hidden="true"', svg, count=1)
+    svg = re.sub(rf'<g id="{name}-{_HINT}([^"]*)">', r"<g><title>\1</title>", svg)
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
@@ -159,3 +164,58 @@ def heat_key(axes: Axes, low: str, high: str) -> None:
     bare(key)
     key.text(-0.4, 0.45, low, ha="right", va="center", fontsize=9.5, color=LIGHT["muted"])
     key.text(HEAT_LEVELS + 0.4, 0.45, high, ha="left", va="center", fontsize=9.5, color=LIGHT["muted"])
+
+
+_COUNTS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
+
+
+def count_axis(axes: Axes, what: str, largest: float) -> None:
+    """Label the x axis with a count in the unit that suits its largest value: "million tokens"."""
+    scale, unit = next(((scale, unit) for scale, unit in _COUNTS if largest >= scale), (1.0, ""))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:.3g}")
+    axes.set_xlabel(f"{unit}{what}")
+
+
+_HINT = "hint:"
+
+
+def hint(artist: Artist, text: str) -> None:
+    """What a reader sees while pointing at a mark."""
+    artist.set_gid(_HINT + text)
+
+
+# where a name may stand beside its point: points to the right and up, and which of its sides is there
+_SIDES = (
+    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
+    (10, 8, "right", "bottom"), (10, -8, "right", "top"), (-10, 8, "left", "bottom"), (-10, -8, "left", "top"),
+    (6, 6, "left", "bottom"), (-6, 6, "right", "bottom"), (6, -6, "left", "top"), (-6, -6, "right", "top"),
+)  # fmt: skip
+
+
+def name_points(axes: Axes, names: Sequence[tuple[str, float, float]], taken: list[Bbox], **style: Any) -> None:
+    """Write names beside their points, in front of nothing in `taken`, which each of them then is; one that finds no room is left out."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    page = figure.bbox.padded(-2)
+    for name, x, y in names:
+        for right, up, ha, va in _SIDES:
+            written = axes.annotate(name, (x, y), (right, up), textcoords="offset points", ha=ha, va=va, in_layout=False, **style)
+            box = written.get_window_extent()
+            inside = page.x0 < box.x0 and box.x1 < page.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 + 5
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            written.remove()
+
+
+def spots(axes: Axes, points: Points, lines: Sequence[Points] = ()) -> list[Bbox]:
+    """The room that marks at points and lines through points take, once the figure is laid out, which this does."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
+    for line in lines:
+        for start, end in itertools.pairwise(axes.transData.transform(line) if len(line) else ()):
+            for x, y in np.linspace(start, end, 2 + int(np.nan_to_num(np.abs(end - start).sum())) // 6):
+                taken.append(Bbox.from_bounds(x - 2, y - 2, 4, 4))
+    return taken

@@ -33,6 +33,11 @@ h2{margin:0 0 1rem;padding-top:.9rem;border-top:1px solid var(--rule);font-size:
 dt{color:var(--muted);font-size:.8125rem}
 dd{margin:0;font-size:1.6rem;font-weight:600;letter-spacing:-.02em;line-height:1.35;white-space:nowrap}
 dd.note{color:var(--muted);font-size:.8125rem;font-weight:400;letter-spacing:0;white-space:normal}
+.told{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.25rem;margin:0 0 1.5rem}
+.told dt{font-size:.875rem;line-height:1.5rem}
+.told dd{font-size:1rem;font-weight:400;letter-spacing:0;line-height:1.5rem;white-space:normal;overflow-wrap:anywhere}
+.grid+.card{margin-top:1.25rem}
+#search td{white-space:nowrap}
 .scroll{overflow-x:auto}
 table{width:100%;border-collapse:collapse;font-size:.9375rem}
 th{color:var(--muted);font-weight:500;font-size:.8125rem;text-align:left;vertical-align:bottom}
@@ -150,6 +155,11 @@ def facts(items: Iterable[tuple[str, str, str]]) -> str:
     return '<dl class="facts">' + "".join(
         f'<div><dt>{escape(name)}</dt><dd>{escape(number)}</dd><dd class="note">{escape(note)}</dd></div>' for name, number, note in items
     ) + "</dl>"  # fmt: skip
+
+
+def definitions(items: Iterable[tuple[str, str]]) -> str:
+    """What, and its figures, line by line."""
+    return '<dl class="told">' + "".join(f"<dt>{escape(what)}</dt><dd>{escape(figures)}</dd>" for what, figures in items) + "</dl>"
 
 
 def absent(file: str, verb: str) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 import minitron
 from minitron.arch import Arch
 from minitron.arch.counts import count
+from minitron.config.schema import BUDGETS
 from minitron.files import write_text
-from minitron.reporting import page, pictures
+from minitron.reporting import curves, page, pictures, searched, standing
 from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed
-from minitron.reporting.wording import ABSENT, SIZES, decimal, kept_of, percent, ratio, size, size_of
+from minitron.reporting.wording import ABSENT, SIZES, counted, decimal, kept_of, percent, ratio, size, size_of
 
 REPORT = "report.html"
 
@@ -30,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunFiles) -> str:
     """The whole page."""
     name = model_name(run)
-    compression = () if run.whole else (architecture, importance)
+    compression = () if run.whole else (search, architecture, importance)
     body = "\n".join(part(run) for part in (summary, *compression, training, evaluation, loading, settings))
     kind = "Training report" if run.whole else "Compression report"
     header, footer = page.header(kind, name, lead(run)), page.footer(f"minitron {minitron.__version__} · {run.path}")
@@ -49,6 +50,8 @@ def lead(run: RunFiles) -> str:
     if run.original and run.pruned:
         before, after = run.original.num_parameters(), run.pruned.num_parameters()
         sentences.append(f"<strong>{size(before)}</strong> parameters became <strong>{size(after)}</strong>.")
+    if run.search and run.search.chosen:
+        sentences.append(f"A search chose the sizes from <strong>{counted(len(run.search.candidates), 'candidate')}</strong>.")
     gap = gap_on(run.evals or {}, HELD_OUT)
     tokens = [line["tokens"] for line in run.metrics if line.get("tokens") is not None]
     over = f" over {size(tokens[-1])} tokens" if tokens else ""
@@ -100,6 +103,37 @@ def outcome(evals: Evals) -> str:
     return page.table(("Model", "Parameters", "Retained", "Loss", "Perplexity", "Gap closed"), lines, strong=models[-1])
 
 
+def search(run: RunFiles) -> str:
+    """Which sizes were compared and how they came out; nothing of a run that was told its sizes."""
+    if run.search is None:
+        budgets = any(run.setting(f"search.{name}") is not None for name in BUDGETS)
+        return page.section("search", "Search", page.absent("candidates.json", "search")) if budgets else ""
+    results, found = run.search, standing.standings(run.search)
+    lines = [
+        (
+            one.name,
+            standing.outcome(results, one),
+            *(["·".join(str(rank) for rank in one.ranks if rank is not None)] if results.rungs else []),
+            *("" if loss is None else decimal(loss, 3) for loss in one.losses),
+            *(standing.size_text(field, one) for field in standing.varied(results)),
+            *(standing.cost_text(name, one) for name in standing.costs_of(results)),
+        )
+        for one in found
+    ]
+    head = (
+        "Candidate",
+        "",
+        *(["ranks"] if results.rungs else []),
+        *(f"{rung.steps:,} steps" if rung.steps else "untrained" for rung in results.rungs),
+        *(standing.HEADINGS[field] for field in standing.varied(results)),
+        *(standing.COSTS[name][0] for name in standing.costs_of(results)),
+    )
+    told = page.definitions([*standing.told(results), *([("sizes", same)] if (same := standing.unvaried(results)) else [])])
+    cards = page.grid(*(page.stack(*map(page.card, pictures)) for pictures in searched.search_pictures(results) if pictures))
+    table = page.table_card("Candidates", page.table(head, lines, strong=results.chosen or ""))
+    return page.section("search", "Search", told, cards, table)
+
+
 def architecture(run: RunFiles) -> str:
     """Sizes before and after, in numbers and to scale."""
     if run.original is None or run.pruned is None:
@@ -147,7 +181,7 @@ def training(run: RunFiles) -> str:
     """How the losses went."""
     if not run.metrics:
         return page.section("training", "Training", page.absent("metrics.jsonl", "train" if run.whole else "distill"))
-    drawn = (pictures.train_curve(run.metrics, *loss_told(run)), pictures.validation_curve(run.metrics, run.evals or {}))
+    drawn = (curves.train_curve(run.metrics, *loss_told(run)), curves.validation_curve(run.metrics, run.evals or {}))
     cards = page.grid(*(page.card(picture) for picture in drawn if picture is not None))
     return page.section("training", "Training", page.remark(speed(run.metrics)), cards)
 
@@ -195,7 +229,7 @@ def evaluation(run: RunFiles) -> str:
         lines.append(("" if row.text == previous else row.text, row.model, decimal(row.loss, 3), decimal(row.perplexity), gap, speed))
         previous = row.text
     losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=models_of(run.evals)[-1], texts=2)
-    cards = [page.table_card("Texts", losses), page.card(pictures.loss_dots(run.evals))]
+    cards = [page.table_card("Texts", losses), page.card(curves.loss_dots(run.evals))]
     if tasks := task_rows(run.evals):
         shown = [(name, *(ABSENT if value is None else f"{value:.4g}" for value in values)) for name, values in tasks]
         cards.append(page.table_card("Tasks", page.table(("Task", *map(str.capitalize, models_of(run.evals))), shown)))

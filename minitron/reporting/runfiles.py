@@ -15,6 +15,8 @@ from yaml import YAMLError
 from minitron.arch import Arch
 from minitron.errors import RequestError, refuse
 from minitron.files import read_json
+from minitron.search.candidates import FILE as CANDIDATES
+from minitron.search.candidates import Results
 
 METRICS, RECORD = "metrics.jsonl", "stages.json"
 Arrays = dict[str, npt.NDArray[Any]]
@@ -38,6 +40,7 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     evals: dict[str, Any] | None
     config: str | None
+    search: Results | None
     exported: bool
     whole: bool  # one model trained as it is (`minitron train`), nothing compressed
 
@@ -63,6 +66,7 @@ def read_run(run_dir: Path) -> RunFiles:
         metrics=read_metrics(run_dir / METRICS),
         evals=read_json(run_dir / "eval.json") if (run_dir / "eval.json").exists() else None,
         config=read_config(run_dir / "config.yaml"),
+        search=Results.load(run_dir) if (run_dir / CANDIDATES).exists() else None,
         exported=(run_dir / "hf" / "config.json").exists(),
         whole=(run_dir / RECORD).exists() and "train" in read_json(run_dir / RECORD),
     )

@@ -11,34 +11,58 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron.reporting.console import clock, final_table
+from minitron.data.pieces import ENDING
+from minitron.engine.verified import fault
+from minitron.reporting.console import final_table
 from minitron.reporting.report import REPORT, model_name
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed, values
-from minitron.reporting.wording import ABSENT, changes, counted, percent, ratio, size
+from minitron.reporting.standing import search_told
+from minitron.reporting.wording import ABSENT, changes, clock, counted, percent, ratio, size
 
 RECENT = 100  # lines of metrics that tell how fast a run is now
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A checkpoint that is there: its step and its files' bytes."""
+    """A checkpoint that is there: its step, its files' bytes, and what is wrong with them, if anything is, as far as their lengths tell."""
 
     step: int
     bytes: int
+    fault: str | None = None
 
 
 def kept_checkpoints(folder: Path) -> list[Kept]:
-    """The finished checkpoints of a training, by step; one that is removed while this looks is left out."""
+    """The checkpoints of a training, by step; one that is removed while this looks is left out. Reads no file but their markers."""
     found = []
     for path in folder.glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        try:
-            if match and (path / "manifest.json").is_file():
-                found.append(Kept(int(match.group(1)), sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
-        except FileNotFoundError:
-            continue
+        if match := re.fullmatch(r"step_(\d+)", path.name):
+            try:
+                length = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            except FileNotFoundError:
+                continue
+            wrong = fault(path, contents=False)
+            if path.is_dir():
+                found.append(Kept(int(match.group(1)), length, wrong and wrong.removeprefix(f"{path}/")))
     return sorted(found, key=lambda one: one.step)
+
+
+def stage_states(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """What became of every stage that was begun, in words. `record`: the content of stages.json."""
+    states = {name: _state(entry) for name, entry in record.items()}
+    pieces = len([*(folder / "data").glob(f"*.{ENDING}/*.safetensors")])
+    if not pieces:
+        return states
+    return {"data": f"{states.pop('data', 'begun')}; {counted(pieces, 'piece')} of text under way", **states}
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    """What became of one, and of which checkpoint it is."""
+    if not entry.get("done"):
+        return "not finished"
+    read = entry.get("inputs", {}).get("checkpoint")
+    told = {None: "done", "None": "done, before any training", "best": "done, of the best checkpoint"}
+    return told[read] if read in told else f"done, of step {int(read):,}"
 
 
 def summarise(run: RunFiles, stages: Mapping[str, str], at_work: str | None, checkpoints: list[Kept]) -> list[tuple[str, str]]:
@@ -48,6 +72,7 @@ def summarise(run: RunFiles, stages: Mapping[str, str], at_work: str | None, che
         ("stages", " · ".join(f"{name} {state}" for name, state in stages.items()) or "none was begun"),
         *([("at work", at_work)] if at_work else []),
         *_sizes(run),
+        *([("search", search_told(run.search))] if run.search else []),
         *_training(run),
         *_checkpoints(run.metrics, checkpoints),
     ]
@@ -96,9 +121,9 @@ def _checkpoints(metrics: list[dict[str, Any]], checkpoints: list[Kept]) -> list
     if not checkpoints:
         return [("checkpoints", "none")] if metrics else []
     losses = {line["step"]: line["valid_loss"] for line in metrics if line.get("valid_loss") is not None}
-    best = min((one.step for one in checkpoints if one.step in losses), key=lambda step: losses[step], default=None)
-    shown = [f"step {one.step:,} ({size(one.bytes)}B{', the best of them' if one.step == best else ''})" for one in checkpoints]
-    return [("checkpoints", ", ".join(shown))]
+    best = min((one.step for one in checkpoints if one.step in losses and not one.fault), key=lambda step: losses[step], default=None)
+    remarks = [f", damaged: {one.fault}" if one.fault else ", the best of them" if one.step == best else "" for one in checkpoints]
+    return [("checkpoints", ", ".join(f"step {one.step:,} ({size(one.bytes)}B{remark})" for one, remark in zip(checkpoints, remarks, strict=True)))]
 
 
 def show_summary(run_dir: Path, stages: Mapping[str, str], at_work: str | None, console: Console | None = None) -> None:

@@ -1,10 +1,10 @@
 """How numbers and sizes are written, on the console, in the report and in its pictures alike. Pure."""
 
 from minitron.arch import Arch
+from minitron.arch.counts import scaled
 from minitron.data.manifest import Part
 
 ABSENT = "–"
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 SIZES = {  # what a reader sees -> the field of Arch
     "layers": "num_layers",
@@ -19,10 +19,7 @@ SIZES = {  # what a reader sees -> the field of Arch
 
 def size(count: float | None) -> str:
     """A count as people say it: 134515008 -> "134.5 M"."""
-    if count is None:
-        return ABSENT
-    scale, unit = next(((scale, unit) for scale, unit in _UNITS if abs(count) >= scale), (1.0, ""))
-    return f"{count / scale:.1f} {unit}" if unit else f"{count:,.0f}"
+    return ABSENT if count is None else scaled(count)
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -38,6 +35,12 @@ def percent(fraction: float | None, digits: int = 1) -> str:
 def ratio(part: float | None, whole: float | None) -> float | None:
     """`part / whole`, None where either is missing or the whole is zero."""
     return None if part is None or not whole else part / whole
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def counted(number: int, what: str) -> str:

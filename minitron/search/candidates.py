@@ -1,4 +1,4 @@
-"""`candidates.json`: the architectures that a search looked at, what each costs, their losses rung by rung, and which was chosen."""
+"""`candidates.json` and `plan.json`: the architectures that a search looked at, what each costs, their losses rung by rung, and which was chosen."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from minitron.arch.arch import Arch
-from minitron.config.schema import Target
-from minitron.errors import RequestError
+from minitron.config.schema import Config, Target
+from minitron.errors import RequestError, refuse
 from minitron.files import read_json, write_json
 
-FILE = "candidates.json"
+FILE, PLAN = "candidates.json", "plan.json"
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def name_of(sizes: dict[str, int]) -> str:
+    """A short name for some of SIZES: L30-H512-F1152-A9-G3."""
+    return "-".join(f"{letter}{sizes[name]}" for letter, name in zip("LHFAG", SIZES, strict=True) if name in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +83,35 @@ class Results:
             return cls(**{**tree, "original": Arch.from_dict(tree["original"]), "candidates": candidates, "rungs": rungs})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(f"cannot read {folder / FILE}: {error} (minitron search makes it)") from error
+
+
+def wanted(cfg: Config) -> Target:
+    """The target that a model is pruned to: the sizes that are asked for, or where none are, those that a search chose in run.dir.
+
+    Raises RequestError where there are neither.
+    """
+    folder = Path(cfg.run.dir)
+    if cfg.target.sizes:
+        return cfg.target
+    results = Results.load(folder) if (folder / FILE).exists() else None
+    if results is None or results.chosen is None:
+        search = "is not at its end" if results else "was not run"
+        ways = f"sizes are needed under target, or those that minitron search chooses: in run.dir={folder} it {search}"
+        raise refuse("target.num_layers", None, ways)
+    return results.candidate(results.chosen).target(cfg.target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The content of plan.json: the model, and what the settings make of it: the target or, largest first, the candidates of a search. `grid`: points
+    that the search looked at (None where there is no budget), `fell`: how many of them are no candidates, by reason in words."""
+
+    arch: Arch
+    original: Candidate
+    models: list[Candidate]
+    grid: int | None = None
+    fell: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write run.dir/plan.json."""
+        write_json(folder / PLAN, dataclasses.asdict(self))

@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minitron import engine
+from minitron.checks import searches
 from minitron.config.schema import Config
 from minitron.files import read_json
 from minitron.reporting.console import final_table, stage_banner
 from minitron.reporting.report import write_report
 from minitron.session import Session, session
-from minitron.stages import calibrate, data, distill, evaluate, export, prune
+from minitron.stages import calibrate, data, distill, evaluate, export, prune, search
+from minitron.teaching import fitting_cache
 
 STAGES: dict[str, Callable[[Session], object]] = {
-    "data": data.work, "calibrate": calibrate.work, "prune": prune.work, "distill": distill.work, "evaluate": evaluate.work, "export": export.work,
+    "data": data.work, "calibrate": calibrate.work, "search": search.work, "prune": prune.work, "distill": distill.work, "evaluate": evaluate.work,
+    "export": export.work,
 }  # fmt: skip
 
 
 def run(cfg: Config) -> None:
     """Open the run, do its stages in order, report."""
     with session(cfg, "compress") as opened:
-        for number, (verb, work) in enumerate(STAGES.items(), start=1):
+        stages = {verb: work for verb, work in STAGES.items() if verb != "search" or searches(cfg, "compress")}
+        for number, (verb, work) in enumerate(stages.items(), start=1):
             # a stage that begins anew marks those after it as out of date
             done = opened.is_done(verb)
             if opened.world.is_main:
-                stage_banner(number, len(STAGES) + 1, verb, "done before" if done else "")
+                stage_banner(number, len(stages) + 1, verb, "done before" if done else "")
             if not done:
                 if verb != "data":
                     opened.data  # noqa: B018 -- texts that are too short for a later stage are refused before any work
                 work(opened)
             if verb == "data" and opened.cfg.teacher.cache.folder is not None and not opened.is_done("distill"):
-                distill.fitting_cache(opened)  # a cache of another text is refused before any work
-        engine.on_main(opened.world, lambda: finish(opened, len(STAGES) + 1))
+                fitting_cache(opened)  # a cache of another text is refused before any work
+        engine.on_main(opened.world, lambda: finish(opened, len(stages) + 1))
 
 
 def finish(opened: Session, number: int) -> None:

@@ -21,5 +21,6 @@ def work(opened: Session) -> None:
     export(model, opened.world, opened.source.config, opened.source.folder, opened.folder / "hf", opened.dtype)
     opened.mark("export", done=True)
     if opened.world.is_main:
-        what = "pruned model, not retrained" if step is None else f"trained model after {counted(step, 'step')}"
+        retrained = "model" if opened.is_whole() else "student"
+        what = "pruned model, not retrained" if step is None else f"{retrained} after {counted(step, 'step')}"
         say(f"{opened.folder / 'hf'}: the {what}")

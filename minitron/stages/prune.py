@@ -13,6 +13,7 @@ from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
 from minitron.reporting.console import say
 from minitron.reporting.wording import changes, percent, size
+from minitron.search.candidates import wanted
 from minitron.session import Session, need, session
 
 
@@ -25,9 +26,10 @@ def run(cfg: Config) -> None:
 def work(opened: Session) -> None:
     """Writes run.dir/keep.safetensors, arch.json and the pruned model's shards."""
     original = opened.source.arch
-    target = target_arch(original, opened.cfg.target, opened.cfg.parallel)
+    wish = engine.on_main(opened.world, lambda: wanted(opened.cfg))
+    target = target_arch(original, wish, opened.cfg.parallel)
     scores = engine.on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
-    keep = select(scores.tensors, original, target, opened.cfg.target.layers_by, opened.cfg.target.merge_heads)
+    keep = select(scores.tensors, original, target, wish.layers_by, wish.merge_heads)
 
     def note() -> None:
         keep.save(opened.folder / KEEP)

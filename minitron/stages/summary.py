@@ -6,7 +6,7 @@ from minitron.config.schema import Config
 from minitron.errors import refuse
 from minitron.files import read_json
 from minitron.record import RECORD, at_work
-from minitron.reporting.summary import show_summary
+from minitron.reporting.summary import show_summary, stage_states
 
 
 def run(cfg: Config) -> None:
@@ -14,5 +14,4 @@ def run(cfg: Config) -> None:
     folder = Path(cfg.run.dir)
     if not (folder / RECORD).is_file():
         raise refuse("run.dir", folder, "the folder of a run is needed")
-    stages = {name: "done" if entry.get("done") else "not finished" for name, entry in read_json(folder / RECORD).items()}
-    show_summary(folder, stages, at_work(folder))
+    show_summary(folder, stage_states(folder, read_json(folder / RECORD)), at_work(folder))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minitron.errors import RequestError, refuse
 from minitron.files import atomic_path, read_json, sha256
 from minitron.packages import resolve_package
 
+OF_GGUF = ("quantization_config", "dtype", "torch_dtype")  # what a config that is read from GGUF says of the file and not of the model
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -69,14 +71,46 @@ def locate(path: str, setting: str) -> str:
 
 def fetch(path: str, setting: str) -> Path:
     """The local folder of a hub id (downloaded once into the hub's own cache)."""
+    return _from_hub(path, setting, ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"])
+
+
+def _from_hub(path: str, setting: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"]))
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise refuse(setting, path, f"not a local folder, and the hub did not give it: {reason}") from error
+
+
+def config_without_weights(path: str, setting: str) -> dict[str, Any]:
+    """What config.json says of a model in any form of model.path. Weights are neither fetched nor read; a .gguf's header is, which takes seconds."""
+    found = locate(path, setting)
+    if found.endswith(".gguf"):
+        return _gguf_config(Path(found))
+    folder = Path(found) if Path(found).is_dir() else _from_hub(found, setting, ["config.json"])
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise RequestError(f"{setting}={folder}: config.json is not a JSON object")
+    return config
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    with _gguf_errors(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    return {key: value for key, value in config.items() if key not in OF_GGUF}
+
+
+@contextlib.contextmanager
+def _gguf_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RequestError(f"cannot read {path} as GGUF: {str(error).strip().splitlines()[0]}") from error
 
 
 def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
@@ -87,15 +121,13 @@ def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
 
     print(f"convert {path.name}: its quantised tensors become {dtype} in {folder}", flush=True)
     logging.disable_progress_bar()
-    try:
+    with _gguf_errors(path):
         # it shows one bar all the same, which goes to whatever stderr is at the time
         with contextlib.redirect_stderr(io.StringIO()):
             source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RequestError(f"cannot read {path} as GGUF: {str(error).strip().splitlines()[0]}") from error
     # a fresh config of the plain class: the one read from GGUF carries quantisation settings that nobody must save
-    settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    settings = {key: value for key, value in source.config.to_dict().items() if key not in OF_GGUF}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
     model.load_state_dict(source.state_dict())
     model.tie_weights()

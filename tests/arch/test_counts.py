@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import parameters
-from minitron.arch.counts import count
+from minitron.arch.counts import costs, count
 from minitron.arch.families import FAMILIES, from_hf, to_hf
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import rows, skeleton
@@ -89,11 +89,21 @@ def test_costs_of_a_forward_pass_are_those_that_torch_counts(changes):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter:
         cache = model(torch.zeros(batch, length, dtype=torch.long)).past_key_values
-    costs = count(from_hf(config.to_dict(), "x"), length, bytes_per_element=4)
-    assert costs.flops_per_token == counter.get_total_flops() / (batch * length)
-    assert costs.parameters == model.num_parameters()
-    assert costs.embedding_parameters == sum(tensor.numel() for name, tensor in model.named_parameters() if "embed" in name or "lm_head" in name)
-    assert costs.kv_cache_bytes_per_token == sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers) / (batch * length)
+    arch = from_hf(config.to_dict(), "x")
+    counted = count(arch, length, bytes_per_element=4)
+    embeddings = sum(tensor.numel() for name, tensor in model.named_parameters() if "embed" in name or "lm_head" in name)
+    cached = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
+    assert counted.flops_per_token == counter.get_total_flops() / (batch * length)
+    assert counted.parameters == model.num_parameters()
+    assert counted.embedding_parameters == embeddings
+    assert counted.kv_cache_bytes_per_token == cached / (batch * length)
+    assert costs(arch, batch, length, 4) == {
+        "params": model.num_parameters(),
+        "non_embedding_params": model.num_parameters() - embeddings,
+        "active_params": model.num_parameters(),
+        "memory_gb": (4 * model.num_parameters() + cached) / 1e9,
+        "gflops_per_token": counter.get_total_flops() / (batch * length) / 1e9,
+    }
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def test_values_may_hold_blends_and_refer_to_other_settings():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_complete_but_for_the_users_own_text(recipe):
-    config = compose("compress", [f"recipe={recipe}", "data.train=text.jsonl"])
+    without_files = compose("plan", [f"recipe={recipe}"]).model.path == "???"
+    config = compose("compress", [f"recipe={recipe}", "data.train=text.jsonl", *(["model.path=folder"] if without_files else [])])
     assert config.run.dir == f"runs/{recipe}"
     assert choices("recipe")[recipe], "the comment that opens the file is what --help shows"
 
@@ -122,9 +123,9 @@ def test_wrong_requests_are_refused_in_one_line(override, message):
         ("report", [], "run.dir=???: report needs"),
         ("export", ["run.dir=r"], "model.path=???: export needs"),
         (
-            "prune",
-            ["run.dir=r", "model.path=m", "target.multiple_of=16"],
-            "target.num_layers=null: prune needs at least one of target.num_layers, target.h",
+            "compress",
+            ["run.dir=r", "model.path=m", "data.train=t", "target.multiple_of=16"],
+            "target.num_layers=null: compress needs at least one of target.num_layers, target.h",
         ),
         ("calibrate", ["run.dir=r", "model.path=m"], "data.train=???: calibrate needs at least one of data.train, data.calibration"),
     ],

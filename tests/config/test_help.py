@@ -30,7 +30,13 @@ def test_the_overview_has_every_verb_and_every_recipe():
 def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
     page = verb_help(verb, 300)
     names = [line.split("=")[0].strip() for line in page.splitlines() if " [" in line and "=" in line]
-    expected = [setting.name for setting in settings() if setting.name.split(".")[0] in VERBS[verb].groups]
+    expected = {setting.name for setting in settings() if setting.name.split(".")[0] in VERBS[verb].groups}
+    if verb not in ("compress", "family", "evaluate", "export"):
+        expected -= {"run.checkpoint"}
+    if verb == "search":
+        expected -= {"train.steps"}
+    if verb == "evaluate":
+        expected -= {name for name in expected if name.startswith("train.") and name != "train.seq_length"}
     assert sorted(name for name in names if " " not in name) == sorted(expected)
 
 
@@ -41,6 +47,9 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
         "train.recompute=none              activations of the trained model",
         "train.beta1=0.9                   Adam's first decay [float >= 0, <= 0.9999]",
         "target.num_query_groups=null     KV groups per layer [int | float | list of int > 0 | null]",
+        "search.ffn_expansion=null         MLP neurons to look at, as multiples of the width",
+        "[list of float > 0 | null]",
+        "[list of int >= 1 | null]",
         "logging.progress=true           progress bars on the console [true | false]",
         "run.dir=???          folder that receives",
         "target.num_moe_experts=null      experts per layer; only null works: no model with experts is supported yet",

@@ -144,6 +144,27 @@ def test_the_peak_is_one_parameter_and_nothing_of_the_old_model_stays(name, layo
         assert peak <= 1.1 * largest
 
 
+def cut_in_turn_and_weigh(world, folder):
+    """For each target, cut from one model that stays: the peak above what the model took, what the pruned one takes, the largest shard."""
+    source = open_folder(folder, "model.path")
+    model = load(source, world, torch.float32)
+    parameters, found = list(model.parameters()), []
+    largest = max(parameter.numel() * 4 for parameter in parameters)
+    for target in (target_arch(source.arch, one, Parallel(tp=world.tp, pp=world.pp)) for one in TARGETS.values()):
+        with LiveBytes(parameters) as live:
+            pruned = reslice(model, select(random_scores(source.arch, 4), source.arch, target), target, world, empty=False)
+        found.append((live.peak, sum(parameter.numel() * 4 for parameter in pruned.parameters()), largest))
+    return found
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+def test_where_the_old_model_stays_the_peak_is_the_new_one(layout, folder):
+    for found in on_ranks(cut_in_turn_and_weigh, layout, folder):
+        for peak, pruned, largest in found:
+            assert pruned <= peak <= pruned + 1.1 * largest
+
+
 def loaded_and_weighed(world, folder):
     """The peak of memory while a rank reads its shards, what the shards take, and the largest parameter of the whole model."""
     source = open_folder(folder, "model.path")

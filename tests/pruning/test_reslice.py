@@ -123,6 +123,28 @@ def test_the_exported_model_is_the_sliced_original(layout, folders, tmp_path):
     assert bool(reordered) == (layout.tp > 1)  # the scores leave the ranks with uneven numbers of units
 
 
+def cut_in_turn(world, folder):
+    """Every target from one model that stays: whether it does, apart from the pruned ones, and whether these are as if each emptied a model."""
+    arch = open_folder(folder, "model.path").arch
+    model = load(open_folder(folder, "model.path"), world, torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    right = []
+    for name, target in targets(folder, world.pp * world.vpp).items():
+        expected, keep, _ = pruned_by(world, folder, target, gone=GONE.get(name, ()))
+        pruned = reslice(model, keep, target_arch(arch, target, Parallel(tp=world.tp, pp=world.pp, vpp=world.vpp)), world, empty=False)
+        right.append(same_tensors(dict(pruned.named_parameters()), dict(expected.named_parameters())))
+        right.append({*pruned.unit_order} == {*expected.unit_order})
+        for parameter in pruned.parameters():
+            parameter.data.fill_(7.0)  # had they memory in common, the next cut would show it
+    return [*right, same_tensors(dict(model.named_parameters()), before)]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)], ids=str)
+def test_many_are_cut_from_one_model_that_stays(layout, folders):
+    assert all(itertools.chain(*on_ranks(cut_in_turn, layout, folders["tied"])))
+
+
 @pytest.fixture(scope="module")
 def shards(folders, tmp_path_factory):
     """{layout: where its ranks saved every model}"""

@@ -1,5 +1,6 @@
 """What a run prints, on terminals of several widths and where there is none."""
 
+import dataclasses
 import io
 import json
 import re
@@ -7,7 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from minitron.reporting.console import counter, final_table, progress, say, stage_banner
+from minitron.reporting.console import counter, final_table, progress, say, show_candidates, show_rung, show_search, stage_banner
+from tests.reporting.searches import search
 
 
 def console(width=80, terminal=False):
@@ -225,3 +227,69 @@ def test_the_time_to_come_is_told_of_turns_that_take_minutes():
             now[0] += 90
             advance()
     assert "ETA 0:09:00" in printed(to)
+
+
+def cells(to):
+    """What stands between the columns of a table, line by line."""
+    return [re.split(r" {2,}", line.strip()) for line in printed(to).splitlines()]
+
+
+def test_candidates_with_what_they_cost():
+    to = console(140)
+    show_candidates(search(0), console=to)
+    rows = cells(to)
+    assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "non-embedding", "memory", "GFLOP/token", "latency"] in rows
+    assert ["L30-H512-F896-A9-G3", "30", "512", "896", "9", "90.1 M", "64.9 M", "0.22 GB", "0.198", "60.02 ms"] in rows
+    assert ["Every candidate keeps KV groups 3."] in rows
+    assert ["12 candidates of 2,912 points of the grid (2,841 outside the budgets; 59 no larger than another one on every axis)."] in rows
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_rung_with_the_losses_of_every_seed(seeds):
+    to, found = console(140), search(3, seeds=seeds)
+    show_rung(found, console=to)
+    rung = found.rungs[2]
+    expected = [
+        [name, *(f"{loss:.4f}" for loss in rung.losses[name] if seeds > 1), f"{sum(rung.losses[name]) / seeds:.4f}", "stays" if at < 2 else "out"]
+        for at, name in enumerate(sorted(rung.losses, key=lambda name: sum(rung.losses[name])))
+    ]
+    rows = cells(to)
+    assert [[row[0], *row[6:]] for row in rows if row[0] in rung.losses] == expected
+    assert rows[0] == ["after 100 steps, 1.6 M tokens each"]
+    assert ["Kendall's tau 0.70 with the rung before" + ("; 0.90 between seeds." if seeds > 1 else ".")] in rows
+
+
+def test_a_rung_under_way_has_no_verdict():
+    to = console(140)
+    show_rung(search(3, partial=True), console=to)
+    assert "stays" not in printed(to) and " out" not in printed(to) and "tau" not in printed(to)
+
+
+@pytest.mark.parametrize("width", [46, 60, 80, 140])
+@pytest.mark.parametrize("show", [show_candidates, show_rung, show_search])
+def test_a_narrow_terminal_cuts_nothing_of_a_search(width, show):
+    to, found = console(width), search(seeds=2)
+    show(found, console=to)
+    assert "…" not in printed(to) and max(map(len, printed(to).splitlines())) <= width
+    names = {row[0] for row in cells(to)}
+    assert names >= {*(found.rungs[-1].losses if show is show_rung else (one.name for one in found.candidates))}
+
+
+def test_the_outcome_of_a_search():
+    to = console(160)
+    show_search(search(), console=to)
+    rows = cells(to)
+    assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "untrained", "50 steps", "100 steps", "200 steps", "400 steps"] in rows
+    assert ["L26-H576-F1024-A6-G3", "26", "576", "1,024", "6", "91.6 M", "5.916", "4.431", "3.737", "3.264", "3.167", "chosen"] in rows
+    assert ["L28-H576-F768-A9-G3", "28", "576", "768", "9", "90.3 M", "6.948", "out before training"] in rows
+    assert ["chosen", "L26-H576-F1024-A6-G3: layers 26, hidden 576, MLP 1,024, heads 6, 91.6 M params"] in rows
+    to = console(160)
+    show_search(search(2), console=to)
+    assert ["best yet", "L24-H576-F1152-A6-G3: layers 24, hidden 576, MLP 1,152, heads 6, 92.0 M params"] in cells(to)
+
+
+def test_names_of_candidates_are_shown_as_they_are():
+    to, found = console(), search()
+    odd = dataclasses.replace(found.candidates[0], name="[red]x[/red] [/]")
+    show_search(dataclasses.replace(found, candidates=[odd]), console=to)
+    assert odd.name in printed(to)

@@ -9,7 +9,7 @@ import pytest
 
 from minitron.arch import Arch
 from minitron.arch.arch import Layer
-from minitron.reporting import pictures
+from minitron.reporting import curves, pictures
 from minitron.reporting.drawing import COLORS, boxes, draw
 from minitron.reporting.report import loss_told
 from minitron.reporting.runfiles import read_run
@@ -23,9 +23,9 @@ def every_picture(run):
         pictures.parameter_bars(run.original, run.pruned),
         pictures.blueprint(run.original, run.pruned, run.keep),
         *pictures.importance_pictures(run.importance, run.keep, "activation"),
-        pictures.train_curve(run.metrics),
-        pictures.validation_curve(run.metrics, run.evals),
-        pictures.loss_dots(run.evals),
+        curves.train_curve(run.metrics),
+        curves.validation_curve(run.metrics, run.evals),
+        curves.loss_dots(run.evals),
     ]
 
 
@@ -67,8 +67,17 @@ def test_which_pictures_there_are_depends_on_what_was_pruned(run_dir, every_axis
         run = read_run(folder)
         return [picture.title for picture in pictures.importance_pictures(run.importance, run.keep)]
 
-    assert titles(run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads"]
-    assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "MLP neurons", "Attention heads", "KV groups"]
+    assert titles(run_dir) == ["Hidden channels", "Layers", "Scores by layer", "MLP neurons", "Attention heads"]
+    assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "Scores by layer", "MLP neurons", "Attention heads", "KV groups"]
+
+
+def test_scores_by_layer_are_told_against_their_mean(every_axis_run_dir):
+    run = read_run(every_axis_run_dir)
+    means = [run.importance[f"ffn.{layer}"].mean() for layer in range(30)]
+    assert np.allclose(pictures.layer_means(run.importance, "ffn"), means) and len(pictures.layer_means(run.importance, "experts")) == 0
+    picture = pictures.score_by_layer({"ffn": np.array([1.0, 2.0, 0.0, 9.0])}, np.array([0, 3]))
+    assert picture.caption.endswith("Hatched, dropped: 1, 2.") and ">MLP neurons</text>" in picture.svg
+    ElementTree.fromstring(pictures.score_by_layer({"heads": np.zeros(4)}, None).svg)  # nothing has no place on a log axis
 
 
 def losses_of(layers, at_a_time):
@@ -135,21 +144,21 @@ def test_series_leave_out_what_is_not_a_number():
         {"step": 3, "tokens": 30},
         {"step": 4, "tokens": 40, "loss": 1.0},
     ]
-    tokens, loss = pictures.series(metrics, "loss")
+    tokens, loss = curves.series(metrics, "loss")
     assert tokens.tolist() == [10, 40] and loss.tolist() == [2.0, 1.0]
-    assert pictures.series([], "loss")[0].tolist() == []
+    assert curves.series([], "loss")[0].tolist() == []
 
 
 @pytest.mark.parametrize("length", [1, 7, 39, 40, 1000])
 def test_smoothing_keeps_lines_straight_and_thinning_keeps_the_mean(length):
     line = np.linspace(5, 1, length)
-    assert np.allclose(pictures.smooth(line), line)
+    assert np.allclose(curves.smooth(line), line)
     noise = np.random.default_rng(0).normal(size=length)
-    x, y = pictures.thin(np.arange(length, dtype=float), noise, points=length)
+    x, y = curves.thin(np.arange(length, dtype=float), noise, points=length)
     assert np.array_equal(y, noise) and np.array_equal(x, np.arange(length))
-    assert len(pictures.thin(x, noise, points=8)[1]) == min(length, 8)
+    assert len(curves.thin(x, noise, points=8)[1]) == min(length, 8)
     if length == 1000:
-        assert np.isclose(pictures.thin(x, noise, points=8)[1].mean(), noise.mean()) and np.var(pictures.smooth(noise)) < 0.1 * np.var(noise)
+        assert np.isclose(curves.thin(x, noise, points=8)[1].mean(), noise.mean()) and np.var(curves.smooth(noise)) < 0.1 * np.var(noise)
 
 
 def test_relative_scores_compare_within_a_layer():
@@ -167,17 +176,17 @@ def test_scores_without_spread_can_be_drawn(scores):
 
 def test_training_without_teacher_or_evaluation_is_drawn():
     metrics = [{"step": step, "tokens": step * 10, "loss": 3.0 / step, "valid_loss": 2.0} for step in (1, 2, 3)]
-    picture = pictures.train_curve(metrics)
+    picture = curves.train_curve(metrics)
     assert picture.title == "Training loss" and picture.caption.startswith("From 3.000 to 1.000 over 30 tokens and 3 steps.")
-    assert "pruned" not in pictures.validation_curve(metrics, {}).svg
-    assert pictures.train_curve([{"step": 1}]) is None and pictures.validation_curve([{"step": 1}], {}) is None
+    assert "pruned" not in curves.validation_curve(metrics, {}).svg
+    assert curves.train_curve([{"step": 1}]) is None and curves.validation_curve([{"step": 1}], {}) is None
 
 
 def test_what_is_told_and_drawn_is_the_loss_that_is_minimised(run_dir):
     """Where the total falls and kd_loss rises, a fall is told; each part has a line, and the axis the name of the quantity."""
     write_parts(run_dir, steps=12)
     run = read_run(run_dir)
-    picture = pictures.train_curve(run.metrics, *loss_told(run))
+    picture = curves.train_curve(run.metrics, *loss_told(run))
     first, last = (f"{line['loss']:.3f}" for line in (run.metrics[0], run.metrics[-1]))
     assert picture.caption == (
         f"From {first} to {last} over 98.3 K tokens and 12 steps. loss = kd_loss + 0.5 × ce_loss + 2 × hidden_loss; kd_loss: Jensen-Shannon "
@@ -202,7 +211,7 @@ def test_the_axis_says_which_loss_it_is(run_dir, distill, label, said):
     (run_dir / "config.yaml").write_text(f"distill: {{{distill}}}\n")
     run = read_run(run_dir)
     assert loss_told(run) == (label, said)
-    picture = pictures.train_curve(run.metrics, label, said)
+    picture = curves.train_curve(run.metrics, label, said)
     assert f">{label} (nats)<" in picture.svg and picture.caption.endswith(f"steps: 1. {said}".strip())
 
 
@@ -213,8 +222,8 @@ def test_a_cached_teacher_is_told(run_dir):
 
 def test_losses_that_are_not_finite_can_be_drawn():
     evals = json.loads('{"teacher": {"loss": 2.0}, "pruned": {"loss": Infinity}, "student": {"loss": NaN}}')
-    assert ">2.00</text>" in pictures.loss_dots(evals).svg
-    ElementTree.fromstring(pictures.validation_curve([{"step": 1, "tokens": 5, "valid_loss": 2.5}], evals).svg)
+    assert ">2.00</text>" in curves.loss_dots(evals).svg
+    ElementTree.fromstring(curves.validation_curve([{"step": 1, "tokens": 5, "valid_loss": 2.5}], evals).svg)
 
 
 def test_texts_in_pictures_are_escaped_and_never_mathematics():

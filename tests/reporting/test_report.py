@@ -76,7 +76,7 @@ def test_a_finished_run_tells_its_numbers(run_dir):
         assert row in page.rows
     assert f'AutoModelForCausalLM.from_pretrained("{run_dir}/hf")' in page.text
     assert (run_dir / "config.yaml").read_text() in page.text
-    assert page.tags.count("svg") == 9 and "criterion activation · samples 1024" in page.text
+    assert page.tags.count("svg") == 10 and "criterion activation · samples 1024" in page.text
     assert "yet: minitron" not in page.text
 
 
@@ -84,7 +84,7 @@ def test_losses_without_layers_have_a_picture_where_they_were_measured(run_dir):
     file = run_dir / "importance.safetensors"
     save_file({**load_file(file), "layers.loss": np.linspace(4, 3, 23, dtype=np.float32)}, file, metadata={"criterion": "activation"})
     page = page_of(run_dir)
-    assert page.tags.count("svg") == 10
+    assert page.tags.count("svg") == 11
     assert "Next-token loss without 8 layers in a row; the lowest, 3.000, without layers 22 to 29." in page.text
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 from rich.console import Console
 
 from minitron.config.schema import Config, Run
+from minitron.engine.verified import MARKER, mark, sums
 from minitron.errors import RequestError
 from minitron.record import LOCK, at_work, locked
 from minitron.reporting.runfiles import read_run
-from minitron.reporting.summary import Kept, kept_checkpoints, show_summary, summarise
+from minitron.reporting.summary import Kept, kept_checkpoints, show_summary, stage_states, summarise
 from minitron.stages.summary import run as summary
+from tests.reporting.searches import search
 
 FIGURES = {"step_seconds": 2.0, "data_seconds": 0.5, "tokens_per_second": 500.0, "peak_memory_gib": 1.5}
 
@@ -27,8 +30,8 @@ def metrics(folder, lines):
 def checkpoint(folder, step, size):
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text("{}")
-    (path / "shard").write_bytes(bytes(size - 2))
+    (path / "shard").write_bytes(bytes(size))
+    mark(path, sums(path, [path / "shard"]))
 
 
 def told(folder, stages=None, who=None):
@@ -69,7 +72,7 @@ def test_a_training_in_its_middle(bare):
         "loss": "first 1 (step 1), last 0.25 (step 4), best 0.25 (step 4)",
         "held-out loss": "first 2.5 (step 2), last 2.75 (step 4), best 2.5 (step 2)",
         "skipped": "1 step",
-        "checkpoints": "step 2 (3.0 KB, the best of them), step 4 (5.0 MB)",
+        "checkpoints": "step 2 (3.1 KB, the best of them), step 4 (5.0 MB)",
     }
 
 
@@ -122,10 +125,71 @@ def test_a_checkpoint_that_goes_away_meanwhile_is_left_out(tmp_path, monkeypatch
             return iter([path / "shard", path.stat()])
         return look(path, pattern)
 
-    assert kept_checkpoints(tmp_path / "checkpoints") == [Kept(2, 3000), Kept(4, 3000)]
+    size = 3000 + (tmp_path / "checkpoints" / "step_00000002" / MARKER).stat().st_size
+    assert kept_checkpoints(tmp_path / "checkpoints") == [Kept(2, size), Kept(4, size)]
     monkeypatch.setattr(Path, "rglob", late)
-    assert kept_checkpoints(tmp_path / "checkpoints") == [Kept(4, 3000)]
+    assert kept_checkpoints(tmp_path / "checkpoints") == [Kept(4, size)]
     assert kept_checkpoints(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "wrong"),
+    [
+        (lambda path: (path / "shard").write_bytes(b"123"), r"damaged: shard: it has 3 bytes, and 3,000 were written"),
+        (lambda path: (path / "shard").unlink(), r"damaged: shard: No such file or directory"),
+        (lambda path: (path / MARKER).unlink(), r"damaged: manifest.json: No such file or directory"),
+        (lambda path: (path / MARKER).write_text("{}"), r"damaged: manifest.json: it is not what was written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_is_not_the_best(bare, harm, wrong):
+    metrics(bare, [{"step": step, "loss": 1.0, "valid_loss": float(4 - step), "tokens": 9} for step in (1, 2)])
+    for step in (1, 2):
+        checkpoint(bare, step, 3000)
+    assert "step 2 (3.1 KB, the best of them)" in told(bare)["checkpoints"]
+    harm(bare / "checkpoints" / "step_00000002")
+    shown = told(bare)["checkpoints"]
+    assert shown.startswith("step 1 (3.1 KB, the best of them), step 2 (") and shown.endswith(f"{wrong})")
+
+
+def test_stages_tell_of_which_checkpoint_they_are(bare):
+    record = {
+        "data": {"done": True, "inputs": {"model": "x"}},
+        "distill": {"done": False, "inputs": {}},
+        "evaluate": {"done": True, "inputs": {"checkpoint": "1200"}},
+        "export": {"done": True, "inputs": {"checkpoint": "best"}},
+        "prune": {"done": True},
+    }
+    assert stage_states(bare, record) == {
+        "data": "done", "distill": "not finished", "evaluate": "done, of step 1,200", "export": "done, of the best checkpoint", "prune": "done",
+    }  # fmt: skip
+    assert stage_states(bare, {"export": {"done": True, "inputs": {"checkpoint": "None"}}}) == {"export": "done, before any training"}
+
+
+def test_a_data_that_was_killed_was_begun(bare):
+    (bare / "data" / "train.pieces").mkdir(parents=True)
+    assert stage_states(bare, {}) == {}
+    for number in (1, 2):
+        (bare / "data" / "train.pieces" / f"{number:08}.safetensors").touch()
+    assert stage_states(bare, {}) == {"data": "begun; 2 pieces of text under way"}
+    states = stage_states(bare, {"calibrate": {"done": False}, "data": {"done": True}})  # another text is being added
+    assert [*states.items()] == [("data", "done; 2 pieces of text under way"), ("calibrate", "not finished")]
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        ({"rungs": 0}, "12 candidates; none was measured yet"),
+        ({"rungs": 1}, r"12 candidates; before training \(12 candidates measured\); best so far: L24-.* params, loss 5.1059 before training"),
+        (
+            {"rungs": 3, "partial": True},
+            r"12 candidates; rung 2 of 4, after 100 steps \(2 candidates measured\); best so far: L24-.* loss 3.6469 .*",
+        ),
+        ({}, r"12 candidates; chosen: L26-H576-F1024-A6-G3: layers 26, .* heads 6, 91.6 M params, loss 3.1670 after 400 steps"),
+    ],
+)
+def test_how_far_a_search_has_come(bare, state, line):
+    search(**state).save(bare)
+    assert re.fullmatch(line, told(bare)["search"])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -19,7 +19,7 @@ def test_a_compression_tells_what_its_stages_made(finished):
     assert lines[cut + 1 : cut + 3] == ["  260.0 K -> 163.3 K parameters (62.8 % kept)", "  hidden size 64 -> 48, MLP neurons per layer 172 -> 128"]
     assert f"  {finished}/importance.safetensors: a score for every unit, by activation" in lines
     assert f"  {finished}/checkpoints/step_00000016: the student after 16 steps" in lines
-    assert f"  {finished}/hf: the trained model after 16 steps" in lines
+    assert f"  {finished}/hf: the student after 16 steps" in lines
     assert [line.split()[0] for line in lines if line.startswith(f" results  {finished}/eval.json")] == ["results"]
 
 

