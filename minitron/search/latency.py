@@ -6,8 +6,10 @@ its head. Over pipeline stages this is one batch's way through all of them; pass
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from minitron.search.budget import Measure
 from minitron.search.candidates import SIZES, name_of
 
 FILE = "latency.json"
+Bar = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclasses.dataclass
@@ -72,10 +75,15 @@ def write_table(folder: Path, table: Table) -> None:
     write_json(folder / FILE, [dataclasses.asdict(one) for one in (*others, table)])
 
 
-def measured(arch: Arch, cfg: Config, world: engine.World, spec: str, folder: Path, advance: Any = None) -> Measure | None:
+def no_bar(total: int) -> AbstractContextManager[Callable[[], None]]:
+    """Shows nothing."""
+    return contextlib.nullcontext(lambda: None)
+
+
+def measured(arch: Arch, cfg: Config, world: engine.World, spec: str, folder: Path, bar: Bar = no_bar) -> Measure | None:
     """Latencies for `find`, measured where latency.json has none yet; None where no budget asks. Each part is kept as soon as it is there.
 
-    `find` is then called by every rank together. `advance()` is called for each size that is measured.
+    `find` is then called by every rank together. `bar(total)` shows how far that is: it yields what is called for each size that is measured.
     """
     if cfg.search.latency_ms is None:
         return None
@@ -84,11 +92,11 @@ def measured(arch: Arch, cfg: Config, world: engine.World, spec: str, folder: Pa
         key = {**machine_of(world, spec), **setting_of(arch, cfg)}
         tables = engine.on_main(world, lambda: [table for table in read_tables(folder) if table.key == key])
         table = tables[0] if tables else Table(key)
-        for one in archs:
-            if table.lacks(one):
-                add(table, one, cfg, world, spec)
-                engine.on_main(world, lambda: write_table(folder, table))
-                if advance is not None:
+        with bar(len({block_name(one) for one in archs if table.lacks(one)})) as advance:
+            for one in archs:
+                if table.lacks(one):
+                    add(table, one, cfg, world, spec)
+                    engine.on_main(world, lambda: write_table(folder, table))
                     advance()
         return [table.predict(one) for one in archs]
 

@@ -93,7 +93,7 @@ def config_without_weights(path: str, setting: str) -> dict[str, Any]:
     folder = Path(found) if Path(found).is_dir() else _from_hub(found, setting, ["config.json"])
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise RequestError(f"{setting}={folder}: config.json is not a JSON object")
+        raise refuse(setting, path, "config.json is not a JSON object")
     return config
 
 

@@ -1,5 +1,6 @@
 """Latencies from measured parts: what is measured, kept and predicted. How long anything takes is no test's business."""
 
+import contextlib
 import functools
 
 import pytest
@@ -37,8 +38,15 @@ def test_each_size_is_measured_once(alone, tmp_path, monkeypatch):
         return engine.Parts(float(arch.ffn_hidden_size), 100.0, float(arch.vocab_size))
 
     monkeypatch.setattr(latency.engine, "time_parts", time_parts, raising=False)
-    cfg = config(tmp_path)
-    found = measured(MODEL, cfg, alone, "torch", tmp_path)([MODEL, *OTHERS])
+    cfg, shown = config(tmp_path), []
+
+    @contextlib.contextmanager
+    def bar(total):
+        shown.append(total)
+        yield lambda: shown.append("measured")
+
+    found = measured(MODEL, cfg, alone, "torch", tmp_path, bar)([MODEL, *OTHERS])
+    assert shown == [3, "measured", "measured", "measured"]
     vocabulary = TINY["vocab_size"]
     assert asked == [(48, 36, vocabulary), (48, 24, 1), (36, 36, vocabulary)]
     assert found == [100 + vocabulary + layers * ffn for layers, ffn in [(4, 36), (3, 36), (2, 24), (4, 36), (1, 36)]]

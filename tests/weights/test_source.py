@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minitron.errors import RequestError
-from minitron.weights.source import convert_gguf, locate, open_folder
+from minitron.weights.source import config_without_weights, convert_gguf, locate, open_folder
 from tests.oracles.models import BIASES, save_model, saved_tensors
 
 
@@ -182,3 +182,14 @@ def test_a_broken_gguf_is_one_line(tmp_path):
         convert_gguf(tmp_path / "model.gguf", tmp_path / "out", "fp32")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path))
+    assert config_without_weights("someone/model", "model.path") == {"model_type": "llama"}
+    assert asked == [("someone/model", ["config.json"])]
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(RequestError, match=r"model.path=someone/model: config.json is not a JSON object"):
+        config_without_weights("someone/model", "model.path")
