@@ -63,22 +63,20 @@ def find(arch: Arch, search: Search, parallel: Parallel, dtype: str, measure: Me
         reason = max(fell, key=lambda one: fell[one])
         name = reasons[reason][0]
         raise refuse(f"search.{name}", getattr(search, name), f"no architecture of the grid is possible: {told(fell)}")
-    points_PA, grid = points_PA[left], len(points_PA)
+    grid, points_PA = len(points_PA), points_PA[left]
     costs = costs_of(arch, points_PA, search, dtype)
     budgets = search.budgets
-    counted = {name: budget for name, budget in budgets.items() if name in costs}
-    left = within(points_PA, costs, counted, search, fell, arch)
-    points_PA, costs = points_PA[left], {name: cost[left] for name, cost in costs.items()}
+    left = within(points_PA, costs, {name: budget for name, budget in budgets.items() if name in costs}, search, fell)
+    points_PA, costs = _rows(points_PA, costs, left)
     if measure is not None:
         costs["latency_ms"] = np.array(measure([shaped(arch, point) for point in points_PA]), dtype=np.float64)
-        left = within(points_PA, costs, budgets, search, fell, arch)
-        points_PA, costs = points_PA[left], {name: cost[left] for name, cost in costs.items()}
+        points_PA, costs = _rows(points_PA, costs, within(points_PA, costs, budgets, search, fell))
     elif "latency_ms" in budgets:
         raise refuse("search.latency_ms", search.latency_ms, "latency is measured by minitron search")
     if not search.keep_dominated:
         left = np.ones(len(points_PA), dtype=bool)
         _drop(left, dominated(points_PA), "dominated", fell)
-        points_PA, costs = points_PA[left], {name: cost[left] for name, cost in costs.items()}
+        points_PA, costs = _rows(points_PA, costs, left)
     if len(points_PA) > search.max_candidates:
         raise _too_many(points_PA, search)
     order = np.lexsort((*points_PA.T[::-1], costs["params"]))[::-1]
@@ -103,7 +101,7 @@ def shaped(arch: Arch, point: Sequence[int]) -> Arch:
     return arch.replace(**dict(zip(SIZES, map(int, point), strict=True)))
 
 
-def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Search, fell: dict[str, int], arch: Arch) -> Mask:
+def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Search, fell: dict[str, int]) -> Mask:
     """[P]: which points are within the budgets; the others are added to `fell`. Raises RequestError where none is, which names the nearest."""
     left = np.ones(len(points_PA), dtype=bool)
     excess = {}
@@ -129,6 +127,11 @@ def told(fell: dict[str, int]) -> str:
 def _candidate(point: Sizes, costs: dict[str, float]) -> Candidate:
     sizes = dict(zip(SIZES, map(int, point), strict=True))
     return Candidate(name_of(sizes), sizes, costs)
+
+
+def _rows(points_PA: Sizes, costs: Costs, left: Mask) -> tuple[Sizes, Costs]:
+    """The points of a mask, with their costs."""
+    return points_PA[left], {name: cost[left] for name, cost in costs.items()}
 
 
 def _drop(left: Mask, mask: Mask, reason: str, fell: dict[str, int]) -> None:
