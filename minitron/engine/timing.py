@@ -3,8 +3,9 @@
 Legend: B sequences, S positions, T = B x S tokens, C tokens of one chunk, v vocabulary rows of this rank, H hidden.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from minitron.engine.vocab import live_head
 Tensor = torch.Tensor
 BLOCKS = 2  # of each of a probe's chunks; the last one is timed, which runs like those in the middle of a deep model
 WARM_UP = 2  # passes that are not counted
+SECONDS, MOST = 2.0, 100  # what short passes are repeated for, and how often at most
 CHUNK = 512  # tokens whose logits are made at a time: all of a long text's at once may not fit
 
 
 class Load(NamedTuple):
-    """What a pass reads: `batch_size` sequences of `seq_length` tokens. `repeats`: passes whose median counts."""
+    """What a pass reads: `batch_size` sequences of `seq_length` tokens. `repeats`: least number of passes whose median counts."""
 
     batch_size: int
     seq_length: int
@@ -55,21 +57,21 @@ def time_parts(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec: s
         block.register_forward_pre_hook(mark("block")),
         block.register_forward_hook(mark("block_end")),
     ]
-    spans: list[Parts] = []
-    for _ in range(WARM_UP + load.repeats):
+
+    def once() -> Parts:
         marks.clear()
         run(model, load, world, lambda: mark("end")())
         at = dict(reversed(marks))  # the first of each: over virtual stages the schedule repeats the batch to fill up
-        spans.append(
-            Parts(
-                block=between(at["block"], at["block_end"]),
-                embedding=between(at["start"], at["blocks"]) if world.is_first_stage else 0.0,
-                head=between(at["block_end"], at["end"]) if world.is_last_stage else 0.0,
-            )
+        return Parts(
+            block=between(at["block"], at["block_end"]),
+            embedding=between(at["start"], at["blocks"]) if world.is_first_stage else 0.0,
+            head=between(at["block_end"], at["end"]) if world.is_last_stage else 0.0,
         )
+
+    found = Parts(*repeated(once, load, world))
     for hook in hooks:
         hook.remove()
-    return Parts(*slowest([median(values) for values in zip(*spans[WARM_UP:], strict=True)], world))
+    return found
 
 
 def time_forward(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec: str) -> float:
@@ -78,13 +80,24 @@ def time_forward(arch: Arch, load: Load, world: World, dtype: torch.dtype, spec:
     Over virtual stages it holds the batches that the schedule fills up with.
     """
     model = random_model(arch, world, dtype, spec)
-    spans = []
-    for _ in range(WARM_UP + load.repeats):
+
+    def once() -> tuple[float]:
         world.barrier()
         start = now(world.device)
         run(model, load, world)
-        spans.append(between(start, now(world.device)))
-    return slowest([median(spans[WARM_UP:])], world)[0]
+        return (between(start, now(world.device)),)
+
+    return repeated(once, load, world)[0]
+
+
+def repeated(once: Callable[[], Sequence[float]], load: Load, world: World) -> list[float]:
+    """The medians of what a pass measures, the slowest rank's, over load.repeats passes or more where they are short: a moment tells little."""
+    for _ in range(WARM_UP):
+        began = time.perf_counter()
+        once()
+    each = slowest([time.perf_counter() - began], world)[0]
+    count = max(load.repeats, min(MOST, math.ceil(SECONDS / each)))
+    return slowest([median(values) for values in zip(*(once() for _ in range(count)), strict=True)], world)
 
 
 def random_model(arch: Arch, world: World, dtype: torch.dtype, spec: str) -> Model:
