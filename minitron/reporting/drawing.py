@@ -201,7 +201,7 @@ def name_points(axes: Axes, names: Sequence[tuple[str, float, float]], taken: li
         for right, up, ha, va in _SIDES:
             written = axes.annotate(name, (x, y), (right, up), textcoords="offset points", ha=ha, va=va, in_layout=False, **style)
             box = written.get_window_extent()
-            inside = page.x0 < box.x0 and box.x1 < page.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 + 5
+            inside = axes.bbox.x0 < box.x0 and box.x1 < page.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 + 5
             if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 break
