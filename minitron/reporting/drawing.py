@@ -169,10 +169,10 @@ def heat_key(axes: Axes, low: str, high: str) -> None:
 _COUNTS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
 
-def count_axis(axes: Axes, what: str, largest: float) -> None:
-    """Label the x axis with a count in the unit that suits its largest value: "million tokens"."""
+def count_axis(axes: Axes, what: str, largest: float, digits: int = 6) -> None:
+    """Label the x axis with a count in the unit that suits its largest value, "million tokens", to so many significant digits."""
     scale, unit = next(((scale, unit) for scale, unit in _COUNTS if largest >= scale), (1.0, ""))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:.3g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:.{digits}g}")
     axes.set_xlabel(f"{unit}{what}")
 
 

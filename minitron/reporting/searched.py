@@ -134,19 +134,20 @@ def rung_curves(results: Results, found: Sequence[Standing]) -> Picture | None:
             rung_curve(axes, results, one, ways[one.name])
         axes.margins(0.08, 0.1)
         axes.set_ylabel("loss (nats per token)")
-        count_axis(axes, "tokens of distillation (log)", results.rungs[trained[-1]].tokens)
+        count_axis(axes, "tokens of distillation (log)", results.rungs[trained[-1]].tokens, digits=3)
         axes.set_xticks([results.rungs[at].tokens for at in trained])
         axes.minorticks_off()
         ends = [(one, *way[-1]) for one in drawn if math.isfinite((way := ways[one.name])[-1][1])]
         name_best(axes, ends, [one for one in drawn if one.fell is None], [*ways.values()])
 
     before = [loss for one in found for at, loss in enumerate(one.losses) if at not in trained and loss is not None and math.isfinite(loss)]
+    so_far = "" if results.chosen else " so far"
     parts = {
         "Held-out loss rung by rung. Faded, ending in a cross: out.": True,
         "Diamonds: the chosen one.": results.chosen is not None,
         "Strokes: from seed to seed.": any(len(losses) > 1 for at in trained for losses in results.rungs[at].losses.values()),
         f"Before training the losses were {decimal(min(before, default=0))} to {decimal(max(before, default=0))}.": bool(before),
-        f"{len(found) - len(drawn)} of {len(found)} candidates were not distilled.": len(drawn) < len(found),
+        f"{len(found) - len(drawn)} of {len(found)} candidates were not distilled{so_far}.": len(drawn) < len(found),
     }
     return Picture("Rungs", " ".join(part for part, applies in parts.items() if applies), draw("rungs", 300, paint))
 

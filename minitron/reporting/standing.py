@@ -14,7 +14,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # by the names of the 
     "params": ("params", size),
     "non_embedding_params": ("non-embedding", size),
     "active_params": ("active", size),
-    "memory_gb": ("memory", lambda value: f"{value:,.2f} GB"),
+    "memory_gb": ("memory", lambda value: f"{value:,.3g} GB"),
     "gflops_per_token": ("GFLOP/token", lambda value: f"{value:,.3g}"),
     "latency_ms": ("latency", lambda value: f"{value:,.4g} ms"),
 }
@@ -137,8 +137,10 @@ def cost_text(name: str, one: Standing) -> str:
 
 def grid_told(results: Results) -> str:
     """How many points of the grid are candidates, and why the others are not."""
-    why = "; ".join(f"{count:,} {reason}" for reason, count in results.fell.items() if count)
-    return f"{counted(len(results.candidates), 'candidate')} of {counted(results.grid, 'point')} of the grid" + (f" ({why})" if why else "")
+    why = "; ".join(f"{reason}: {count:,}" for reason, count in results.fell.items() if count)
+    return f"{counted(len(results.candidates), 'candidate')} of {counted(results.grid, 'point')} of the grid" + (
+        f"; the others: {why}" if why else ""
+    )
 
 
 def steps_taken(results: Results) -> tuple[int, int]:

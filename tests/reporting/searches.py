@@ -50,5 +50,5 @@ def search(rungs=5, partial=False, seeds=1, grid=GRID, settled=True):
         names = stay or order
     ended = rungs == len(RUNGS) and not partial
     settings = {"params": 100e6, "tolerance": 0.05, "rungs": list(RUNGS[1:]), "finalists": 8, "seeds": seeds}
-    fell = {"outside the budgets": 2841, "no larger than another one on every axis": 59, "KV groups do not divide the heads": 0}
+    fell = {"parameters above 105.0 M": 2841, "dominated": 59, "heads not a multiple of the KV groups": 0}
     return Results(ORIGINAL, settings, 2912, fell, found, made, names[0] if ended else None, ended and settled)

@@ -239,9 +239,9 @@ def test_candidates_with_what_they_cost():
     show_candidates(search(0), console=to)
     rows = cells(to)
     assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "non-embedding", "memory", "GFLOP/token", "latency"] in rows
-    assert ["L30-H512-F896-A9-G3", "30", "512", "896", "9", "90.1 M", "64.9 M", "0.22 GB", "0.198", "60.02 ms"] in rows
+    assert ["L30-H512-F896-A9-G3", "30", "512", "896", "9", "90.1 M", "64.9 M", "0.216 GB", "0.198", "60.02 ms"] in rows
     assert ["Every candidate keeps KV groups 3."] in rows
-    assert ["12 candidates of 2,912 points of the grid (2,841 outside the budgets; 59 no larger than another one on every axis)."] in rows
+    assert ["12 candidates of 2,912 points of the grid; the others: parameters above 105.0 M: 2,841; dominated: 59."] in rows
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

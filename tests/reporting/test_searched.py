@@ -78,6 +78,13 @@ def test_a_scatter_for_every_budget():
     ]
 
 
+def test_figures_of_a_narrow_axis_differ_and_are_whole():
+    close = search(grid=[(30, 512, 1152, 9, 3), (28, 512, 1280, 9, 3), (26, 512, 1408, 9, 3), (24, 512, 1536, 9, 3)])
+    written = texts(drawn(close)["Loss against parameters"])
+    figures = [text for text in written if re.fullmatch(r"1\d\d(\.\d+)?", text)]  # 100.7 to 102.3 million
+    assert len(figures) == len({*figures}) >= 3
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_line_for_each_that_was_distilled(seeds):
     results = search(seeds=seeds)
@@ -133,7 +140,7 @@ def test_the_report_has_every_candidate(tmp_path, state):
         assert rows["L26-H576-F1024-A6-G3"][:8] == ["L26-H576-F1024-A6-G3", "chosen", "3·3·2·1·1", "5.916", "4.431", "3.737", "3.264", "3.167"]
         assert "Kendall's tau 0.55, 0.70, 0.85, 1.00 with the rung before; the order of the last ones had settled" in page.text
     assert ("A search chose the sizes from 12 candidates." in page.text) == (results.chosen is not None)
-    assert "2,841 outside the budgets; 59 no larger than another one on every axis" in page.text
+    assert "the others: parameters above 105.0 M: 2,841; dominated: 59" in page.text
     assert len(page.ids) == len(set(page.ids))
 
 

@@ -47,7 +47,7 @@ def test_nobody_is_out_of_a_rung_that_is_under_way():
     assert standing.best_so_far(under_way).name == "b"  # of the last rung that all were on
     nothing = results([])
     assert standing.best_so_far(nothing) is None and {standing.outcome(nothing, one) for one in standing.standings(nothing)} == {"waits"}
-    assert standing.told(nothing) == [("grid", "4 candidates of 9 points of the grid (5 too large)")]
+    assert standing.told(nothing) == [("grid", "4 candidates of 9 points of the grid; the others: too large: 5")]
     assert standing.best_so_far(results([Rung(0, 0, {"c": [2.0], "a": [3.0]})])).name == "c"
 
 
@@ -57,7 +57,7 @@ def test_what_is_told_of_a_search():
         ("its rank", "1 of 4 before training, 2 of 3 after 10 steps, 1 of 2 after 30 steps"),
         ("order", "Kendall's tau 0.33, -1.00 with the rung before; 1.00, 1.00 between seeds; the order of the last ones had settled"),
         ("cost", "140 steps in 0:00:00, 78 % of the steps that all of them would take that far"),  # 2 seeds: (30 + 30 + 10) and 3 * 30
-        ("grid", "4 candidates of 9 points of the grid (5 too large)"),
+        ("grid", "4 candidates of 9 points of the grid; the others: too large: 5"),
     ]
 
 
