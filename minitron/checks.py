@@ -148,14 +148,14 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     if "target" in groups:
         pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, cfg.target)
-        check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
+        check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
         raise refuse("teacher.cache.top_k", cfg.teacher.cache.top_k, f"less than the vocabulary's {arch.vocab_size} is needed")
-    if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
+    if "calibrate" in groups and any(length >= arch.num_layers for length in cfg.calibrate.skip_lengths):
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
     if "distill" in groups and cfg.distill.top_k is not None and cfg.distill.top_k >= arch.vocab_size:
         raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")

@@ -80,8 +80,8 @@ class Target:
     layers_by: str = setting(
         "bi",
         "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
-        "goes (the last two need calibrate.skip_layers)",
-        allowed=("bi", "loss", "block"),
+        "goes (both need calibrate.skip_layers); choices, block_choices: the same by the share of questions answered rightly (need calibrate.choices)",
+        allowed=("bi", "loss", "block", "choices", "block_choices"),
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
@@ -172,14 +172,29 @@ class Calibrate:
     compile: bool = setting(
         False, "measure with compiled kernels that read each activation once: for wide models; a C++ compiler or, on a GPU, Triton is needed"
     )
-    skip_layers: int | None = setting(
-        None, "also measure the loss without every run of this many layers, one pass over skip_samples for each (null: don't)", least=1
+    skip_layers: int | list[int] | None = setting(
+        None, "also measure the loss without every run of this many layers; a list: of each of these lengths, in one walk (null: don't)", least=1
     )
     skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
+    choices: str | None = setting(
+        None,
+        "multiple-choice questions to answer without every run of skip_layers, too: winogrande, hellaswag, ai2_arc or piqa as a hub id (ID or ID:CONFIG) "
+        "or a file of it, or a .jsonl or .parquet file with the fields context, choices and answer (counted from 0) (null: none)",
+    )
+    questions: int = setting(500, "of calibrate.choices, this many at most, the first ones", least=1)
 
     def __post_init__(self) -> None:
         if self.skip_layers is not None and self.criterion != "activation":
             raise refuse("calibrate.skip_layers", self.skip_layers, f"must be null with calibrate.criterion={self.criterion}")
+        if len(set(self.skip_lengths)) < len(self.skip_lengths):
+            raise refuse("calibrate.skip_layers", self.skip_layers, "each number once is needed")
+        if self.choices is not None and self.skip_layers is None:
+            raise refuse("calibrate.choices", self.choices, "calibrate.skip_layers is needed with it: the layers to leave out at a time")
+
+    @property
+    def skip_lengths(self) -> list[int]:
+        """`skip_layers` as a list."""
+        return [self.skip_layers] if isinstance(self.skip_layers, int) else self.skip_layers or []
 
 
 @dataclasses.dataclass(frozen=True)
