@@ -19,6 +19,7 @@ from minitron.data.tokenizing import differing_token, load_tokenizer
 from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
+from minitron.evaluation.choices import read
 from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
 from minitron.weights.source import locate, open_folder
@@ -59,6 +60,8 @@ def check(cfg: Config, verb: str) -> None:
             raise absent(name)
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
+    if "calibrate" in groups and cfg.calibrate.choices is not None:
+        read(cfg.calibrate.choices, "calibrate.choices", count=1)
     if (trains or distils) and cfg.data.separate_documents and cfg.spec == "transformer_engine":
         raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")
     if distils and cfg.distill.loss == "none":

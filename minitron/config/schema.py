@@ -80,7 +80,7 @@ class Target:
     layers_by: str = setting(
         "bi",
         "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
-        "goes (both need calibrate.skip_layers); choices, block_choices: the same by the share of questions answered rightly (need calibrate.choices)",
+        "goes (both need calibrate.skip_layers); choices, block_choices: the same by questions answered rightly (need calibrate.choices too)",
         allowed=("bi", "loss", "block", "choices", "block_choices"),
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
@@ -178,8 +178,8 @@ class Calibrate:
     skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
     choices: str | None = setting(
         None,
-        "multiple-choice questions to answer without every run of skip_layers, too: winogrande, hellaswag, ai2_arc or piqa as a hub id (ID or ID:CONFIG) "
-        "or a file of it, or a .jsonl or .parquet file with the fields context, choices and answer (counted from 0) (null: none)",
+        "multiple-choice questions to answer without every run of skip_layers, too: winogrande, hellaswag, ai2_arc or piqa as a hub id "
+        "(ID or ID:CONFIG) or a file of it, or a .jsonl or .parquet file with the fields context, choices and answer, from 0 on (null: none)",
     )
     questions: int = setting(500, "of calibrate.choices, this many at most, the first ones", least=1)
 

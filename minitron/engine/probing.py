@@ -66,7 +66,7 @@ def losses_without(
 def one_pass(model: Model, group: Sequence[Scored], world: World, probes: Sequence[range]) -> list[Tensor]:
     """Sums over the counted predictions of each sequence, [P, B] of every microbatch, on the last stage; nothing elsewhere."""
 
-    def step(numbered: Any, chunk: Chunk) -> tuple[Tensor, Callable[..., Tensor]]:
+    def step(numbered: Any, chunk: Chunk) -> tuple[Tensor, Callable[..., Tensor | None]]:
         number, (inputs_BS, _) = next(numbered)
         found = streams(chunk, inputs_BS, world, probes)
         if not chunk.post_process:

@@ -31,8 +31,8 @@ def all_ranks(packed_KC: Tensor, world: World) -> Tensor:
 
 def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512) -> Tensor:
     """Cross-entropy of each token in nats, fp32 [T], without gradients."""
-    # a processor makes sums of so many rows in its caches; a GPU makes all of a chunk in one kernel
-    rows = 64 if hidden_TH.device.type == "cpu" else chunk_tokens
+    # a processor sums over so few rows in its caches; a GPU over all of a chunk in one kernel
+    rows = 8 if hidden_TH.device.type == "cpu" else chunk_tokens
     losses = []
     for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
         logits_Cv = hidden_CH @ weight_vH.t()

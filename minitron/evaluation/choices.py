@@ -93,8 +93,8 @@ FORMATS = {
 }
 
 
-def read(given: str, setting: str, count: int) -> tuple[list[Question], Format]:
-    """The first `count` questions of a .jsonl or .parquet file, or of the validation split of a hub id, and their format.
+def read(given: str, setting: str, count: int) -> tuple[list[Question], bool]:
+    """The first `count` questions of a .jsonl or .parquet file, or of the validation split of a hub id, and whether their format is normalised.
 
     Raises RequestError, naming `setting`, for what can't be read or is in no known format.
     """
@@ -118,7 +118,7 @@ def read(given: str, setting: str, count: int) -> tuple[list[Question], Format]:
         if not 0 <= question.answer < len(question.endings):
             raise refuse(setting, given, f"record {number}: its answer is {question.answer}, of {len(question.endings)} choices counted from 0")
         questions.append(question)
-    return questions, form
+    return questions, form.normalised
 
 
 KINDS = {".jsonl": "json", ".parquet": "parquet"}

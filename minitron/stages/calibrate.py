@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +92,9 @@ def losses_by_depth(model: engine.Model, samples: Samples, opened: Session) -> d
 def accuracies_by_depth(model: engine.Model, opened: Session) -> dict[str, torch.Tensor]:
     """The share of questions that the model answers rightly without every run of layers."""
     settings, world, tokenizer = opened.cfg.calibrate, opened.world, load_tokenizer(str(opened.source.folder))
-    questions, normalised = engine.on_main(world, lambda: choices.read(settings.choices, "calibrate.choices", settings.questions))
+    assert settings.choices is not None
+    given = settings.choices
+    questions, normalised = engine.on_main(world, lambda: choices.read(given, "calibrate.choices", settings.questions))
     asked = choices.requests(questions, tokenizer, model.arch.max_position_embeddings)
     ways = (2 * world.cp if world.cp > 1 else 1) * (world.tp if world.sequence_parallel else 1)
     batches = list(choices.microbatches(asked, settings.micro_batch_size * settings.seq_length, ways))[world.dp_rank :: world.dp]

@@ -81,6 +81,14 @@ def test_losses_without_layers_stand_beside_the_layers_scores(run_dir):
     found = pictures.importance_pictures({**run.importance, "layers.loss.1": losses_of(30, 1)}, run.keep, "activation")
     assert [picture.title for picture in found[:3]] == ["Layers", "Loss without a layer", "Hidden channels"]
     assert found[1].caption == "Next-token loss without a layer; the lowest, 3.000, without layer 4."
+    both = {**run.importance, "layers.choices.8": 1 / losses_of(30, 8), "layers.loss.1": losses_of(30, 1), "layers.loss.8": losses_of(30, 8)}
+    several = pictures.importance_pictures(both, run.keep, "activation")
+    assert [picture.title for picture in several[1:4]] == [
+        "Loss without a layer",
+        "Answers without 8 layers in a row",
+        "Loss without 8 layers in a row",
+    ]
+    assert several[2].caption == "Share of questions answered rightly without 8 layers in a row; the highest, 0.333, without layers 4 to 11."
     without_keep = pictures.importance_pictures({**run.importance, "layers.loss.1": losses_of(30, 1)}, None)
     assert without_keep[1].caption == found[1].caption
 
