@@ -142,7 +142,15 @@ def asked_at(world, folder, asked):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True), Layout(dp=2), Layout(cp=2), Layout(pp=2, vpp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(tp=2, pp=2, sp=True),
+        *(pytest.param(some, marks=pytest.mark.slow) for some in (Layout(dp=2), Layout(cp=2), Layout(pp=2, vpp=2))),
+    ],
+    ids=str,
+)
 def test_likelihoods_are_those_of_plain_models(layout, stories):
     tokenizer = AutoTokenizer.from_pretrained(stories)
     asked = requests(QUESTIONS, tokenizer, 48)

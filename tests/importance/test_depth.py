@@ -15,9 +15,10 @@ from tests.oracles.models import hf_model, save_model, tokens_of
 
 LAYERS, SAMPLES, LENGTH, MICROBATCH, VOCAB = 7, 10, 24, 2, 61
 LENGTHS = [2, 1, 4]  # more than one stage holds, of most layouts, and not in order
+SLOW = Layout(pp=4), Layout(pp=3, vpp=2), Layout(tp=2, pp=2, sp=True), Layout(pp=2, cp=2)
 LAYOUTS = (
     Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(dp=2), Layout(cp=2), Layout(tp=2, sp=True), Layout(pp=2, vpp=2),
-    Layout(pp=4), Layout(tp=2, pp=2, sp=True),
+    *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW),
 )  # fmt: skip
 
 
