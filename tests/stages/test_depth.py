@@ -1,5 +1,6 @@
 """Layers cut by what is missed without them, by commands: losses and answers measured, the block that is missed least gone."""
 
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.stages.commands import minitron
 @pytest.mark.slow
 def test_the_block_that_the_answers_miss_least_is_cut(stories, tales, tmp_path):
     texts = [json.loads(line)["text"] for line in open(tales, encoding="utf-8")][:12]
-    questions = [{"context": text[:60], "choices": [text[60:90], other[60:90]], "answer": 0} for text, other in zip(texts, texts[1:], strict=False)]
+    questions = [{"context": text[:60], "choices": [text[60:90], other[60:90]], "answer": 0} for text, other in itertools.pairwise(texts)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
     settings = [
         f"run.dir={tmp_path / 'run'}", f"model.path={stories}", f"data.train={tales}", "device=cpu", "dtype=fp32", "calibrate.samples=8",
