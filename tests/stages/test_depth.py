@@ -12,7 +12,7 @@ from tests.stages.commands import minitron
 
 @pytest.mark.slow
 def test_the_block_that_the_answers_miss_least_is_cut(stories, tales, tmp_path):
-    texts = [json.loads(line)["text"] for line in open(tales, encoding="utf-8")][:12]
+    texts = [json.loads(line)["text"] for line in tales.read_text(encoding="utf-8").splitlines()][:12]
     questions = [{"context": text[:60], "choices": [text[60:90], other[60:90]], "answer": 0} for text, other in itertools.pairwise(texts)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
     settings = [
