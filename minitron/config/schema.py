@@ -79,8 +79,8 @@ class Target:
     num_moe_experts: int | float | None = setting(None, "experts per layer; only null works: no model with experts is supported yet", above=0)
     layers_by: str = setting(
         "bi",
-        "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
-        "goes (both need calibrate.skip_layers); choices, block_choices: the same by questions answered rightly (need calibrate.choices too)",
+        "what ranks layers: bi, Block Importance; loss, without each of them; block, the contiguous block without which it is lowest goes; "
+        "choices, block_choices: the same by right answers",
         allowed=("bi", "loss", "block", "choices", "block_choices"),
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
@@ -177,24 +177,20 @@ class Calibrate:
     )
     skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
     choices: str | None = setting(
-        None,
-        "multiple-choice questions to answer without every run of skip_layers, too: winogrande, hellaswag, ai2_arc or piqa as a hub id "
-        "(ID or ID:CONFIG) or a file of it, or a .jsonl or .parquet file with the fields context, choices and answer, from 0 on (null: none)",
+        None, "questions to answer without every run of skip_layers: a .jsonl or .parquet file, or the hub id of a set with a known form (null: none)"
     )
     questions: int = setting(500, "of calibrate.choices, this many at most, the first ones", least=1)
 
     def __post_init__(self) -> None:
         if self.skip_layers is not None and self.criterion != "activation":
             raise refuse("calibrate.skip_layers", self.skip_layers, f"must be null with calibrate.criterion={self.criterion}")
-        if len(set(self.skip_lengths)) < len(self.skip_lengths):
-            raise refuse("calibrate.skip_layers", self.skip_layers, "each number once is needed")
         if self.choices is not None and self.skip_layers is None:
             raise refuse("calibrate.choices", self.choices, "calibrate.skip_layers is needed with it: the layers to leave out at a time")
 
     @property
     def skip_lengths(self) -> list[int]:
-        """`skip_layers` as a list."""
-        return [self.skip_layers] if isinstance(self.skip_layers, int) else self.skip_layers or []
+        """`skip_layers` as a list, each number once."""
+        return sorted({self.skip_layers} if isinstance(self.skip_layers, int) else {*(self.skip_layers or [])})
 
 
 @dataclasses.dataclass(frozen=True)
