@@ -20,8 +20,9 @@ from minitron.data.tokenizing import differing_token, load_tokenizer
 from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
+from minitron.evaluation.choices import read
 from minitron.pruning.keep import skipped_at_a_time
-from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
+from minitron.pruning.target import check_layout, check_questions, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
 from minitron.search.budget import check_free, find
 from minitron.search.candidates import wanted
@@ -73,6 +74,8 @@ def check(cfg: Config, verb: str) -> None:
             raise absent(name)
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
+    if "calibrate" in groups and cfg.calibrate.choices is not None:
+        read(cfg.calibrate.choices, "calibrate.choices", count=1)
     if (trains or distils) and cfg.data.separate_documents and cfg.spec == "transformer_engine":
         raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")
     if distils and cfg.distill.loss == "none":
@@ -181,14 +184,14 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         target = wanted(cfg) if verb == "prune" else cfg.target
         pruned = target_arch(arch, target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, target)
-        check_ways(arch, pruned, target, cfg.calibrate.skip_layers)
+        check_ways(arch, pruned, target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
         raise refuse("teacher.cache.top_k", cfg.teacher.cache.top_k, f"less than the vocabulary's {arch.vocab_size} is needed")
-    if "calibrate" in groups and cfg.calibrate.skip_layers is not None and cfg.calibrate.skip_layers >= arch.num_layers:
+    if "calibrate" in groups and any(length >= arch.num_layers for length in cfg.calibrate.skip_lengths):
         raise refuse("calibrate.skip_layers", cfg.calibrate.skip_layers, f"fewer than the model's {arch.num_layers} layers are needed")
     if "distill" in groups and cfg.distill.top_k is not None and cfg.distill.top_k >= arch.vocab_size:
         raise refuse("distill.top_k", cfg.distill.top_k, f"fewer than the model's {arch.vocab_size} tokens are needed, or null for all")
@@ -215,8 +218,9 @@ def check_candidates(cfg: Config, arch: Arch) -> None:
     if target.layers_by != "bi" and not depths:
         raise refuse("target.layers_by", target.layers_by, "no candidate has fewer layers; bi is needed")
     needed = {skipped_at_a_time(target.layers_by, arch.num_layers, depth) for depth in depths} if target.layers_by != "bi" else set()
-    if missing := sorted(needed - {cfg.calibrate.skip_layers}):
+    if missing := sorted(needed - {*cfg.calibrate.skip_lengths}):
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers with {', '.join(map(str, missing))} is needed with it")
+    check_questions(target, cfg.calibrate.choices)
 
 
 def loads_teacher(cfg: Config, verb: str) -> bool:

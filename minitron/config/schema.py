@@ -84,9 +84,9 @@ class Target:
     num_moe_experts: int | float | None = setting(None, "experts per layer; only null works: no model with experts is supported yet", above=0)
     layers_by: str = setting(
         "bi",
-        "what ranks layers: bi, Block Importance; loss, the loss without each layer; block, the contiguous block without which the loss is lowest "
-        "goes (the last two need calibrate.skip_layers)",
-        allowed=("bi", "loss", "block"),
+        "what ranks layers: bi, Block Importance; loss, without each of them; block, the contiguous block without which it is lowest goes; "
+        "choices, block_choices: the same by right answers",
+        allowed=("bi", "loss", "block", "choices", "block_choices"),
     )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
@@ -182,14 +182,25 @@ class Calibrate:
     compile: bool = setting(
         False, "measure with compiled kernels that read each activation once: for wide models; a C++ compiler or, on a GPU, Triton is needed"
     )
-    skip_layers: int | None = setting(
-        None, "also measure the loss without every run of this many layers, one pass over skip_samples for each (null: don't)", least=1
+    skip_layers: int | list[int] | None = setting(
+        None, "also measure the loss without every run of this many layers; a list: of each of these lengths, in one walk (null: don't)", least=1
     )
     skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
+    choices: str | None = setting(
+        None, "questions to answer without every run of skip_layers: a .jsonl or .parquet file, or the hub id of a set with a known form (null: none)"
+    )
+    questions: int = setting(500, "of calibrate.choices, this many at most, the first ones", least=1)
 
     def __post_init__(self) -> None:
         if self.skip_layers is not None and self.criterion != "activation":
             raise refuse("calibrate.skip_layers", self.skip_layers, f"must be null with calibrate.criterion={self.criterion}")
+        if self.choices is not None and self.skip_layers is None:
+            raise refuse("calibrate.choices", self.choices, "calibrate.skip_layers is needed with it: the layers to leave out at a time")
+
+    @property
+    def skip_lengths(self) -> list[int]:
+        """`skip_layers` as a list, each number once."""
+        return sorted({self.skip_layers} if isinstance(self.skip_layers, int) else {*(self.skip_layers or [])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +377,9 @@ class Search:
         [50, 100, 200, 400], "steps of distillation after which candidates are compared; only search.survive of them go on to the next", least=1
     )
     survive: float = setting(0.5, "share of the candidates that goes on from a rung, at least two of them", above=0, most=1)
-    settled: int = setting(2, "rungs in a row with one and the same order of all that came to the last of them, after which the search ends (0: never early)", least=0)
+    settled: int = setting(
+        2, "rungs in a row with one and the same order of all that came to the last of them, after which the search ends (0: never early)", least=0
+    )
     seeds: int = setting(1, "orders of the training data that each candidate is distilled on; its loss is their mean", least=1)
     together: int | None = setting(None, "candidates trained at the same time, sharing the teacher's passes (null: as many as memory holds)", least=1)
 

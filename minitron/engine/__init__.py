@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from minitron.engine.meter import *  # noqa: F403
     from minitron.engine.model import *  # noqa: F403
     from minitron.engine.parallel import *  # noqa: F403
+    from minitron.engine.probing import *  # noqa: F403
     from minitron.engine.schedule import *  # noqa: F403
     from minitron.engine.scoring import *  # noqa: F403
     from minitron.engine.sharded import *  # noqa: F403
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from minitron.engine.trainer import *  # noqa: F403
     from minitron.engine.vocab import *  # noqa: F403
 
-MODULES = ("batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "exchange", "sharded", "checkpoint", "meter", "trainer", "timing")
+MODULES = (
+    "batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "probing", "exchange", "sharded", "checkpoint", "meter",
+    "trainer", "timing",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

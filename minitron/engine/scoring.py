@@ -1,6 +1,6 @@
 """What a sharded model makes of text: language-model loss, perplexity, speed.
 
-Legend: B microbatch, S sequence, T = B x S tokens, H hidden.
+Legend: B microbatch, S sequence (a context rank's part), T = S + 1 tokens, H hidden.
 """
 
 import dataclasses
@@ -36,28 +36,38 @@ class Score:
 def language_model_score(model: Model, batches: Iterable[tuple[Tensor, Tensor]], world: World, advance: Callable[[int], None] | None = None) -> Score:
     """Mean next-token loss over windows of tokens. Every rank returns the same.
 
-    `batches` yields (tokens [B, S + 1], valid [B] bool): windows that only fill up a batch are not counted.
+    `batches` yields (tokens [B, T], valid [B] bool): windows that only fill up a batch are not counted.
     """
     started, total, count = time.perf_counter(), 0.0, 0
     for group in in_passes(batches, world, lambda batch: batch[0].shape):
 
         def collect(number: int, hidden_SBH: Tensor, group: list[tuple[Tensor, Tensor]] = group) -> tuple[float, int]:
-            tokens_BS, valid_B = group[number]
-            labels_BS = local_part(tokens_BS[:, 1:], world).to(world.device)
-            hidden_TH = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
-            weight_vH, first = live_head(model, world)
-            losses_T = token_losses(hidden_TH, weight_vH, first, labels_BS.flatten(), world)
-            counted_T = valid_B.to(world.device)[:, None].expand_as(labels_BS).flatten()
-            return float(losses_T[counted_T].double().sum()), int(counted_T.sum())
+            tokens_BT, valid_B = group[number]
+            losses_BS = position_losses(model, hidden_SBH, tokens_BT, world)
+            counted_BS = valid_B.to(world.device)[:, None].expand_as(losses_BS)
+            return float(losses_BS[counted_BS].double().sum()), int(counted_BS.sum())
 
-        for loss_sum, tokens in forward_only(model, [tokens_BS[:, :-1] for tokens_BS, _ in group], world, collect):
+        for loss_sum, tokens in forward_only(model, [tokens_BT[:, :-1] for tokens_BT, _ in group], world, collect):
             total, count = total + loss_sum, count + tokens
         if advance is not None:
             advance(sum(int(valid_B.sum()) for _, valid_B in group))
+    sums = from_last_stages(torch.tensor([total, count], dtype=torch.float64, device=world.device), world)
+    total, count = sums[0].item(), int(sums[1].item())
+    return Score(total / max(count, 1), count, count / (time.perf_counter() - started))
+
+
+def position_losses(model: Model, hidden_SBH: Tensor, tokens_BT: Tensor, world: World) -> Tensor:
+    """Cross-entropy in nats of the prediction made at each position that this context rank holds, fp32 [B, S]; from last hidden states."""
+    labels_BS = local_part(tokens_BT[:, 1:], world).to(world.device)
+    hidden = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
+    weight_vH, first = live_head(model, world)
+    return token_losses(hidden, weight_vH, first, labels_BS.flatten(), world).view_as(labels_BS)
+
+
+def from_last_stages(sums: Tensor, world: World) -> Tensor:
+    """What the last stages summed over the tokens they saw, over all replicas and context ranks, on every rank; `sums` is changed in place."""
     # tensor ranks hold the same sums; pipeline stages before the last hold none
-    sums = torch.tensor([total, count], dtype=torch.float64, device=world.device)
     dist.all_reduce(sums, group=world.groups.dp_cp)
     if world.pp > 1:
         dist.broadcast(sums, src=dist.get_global_rank(world.groups.pp, world.pp - 1), group=world.groups.pp)
-    total, count = sums[0].item(), int(sums[1].item())
-    return Score(total / max(count, 1), count, count / (time.perf_counter() - started))
+    return sums

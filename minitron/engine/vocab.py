@@ -31,12 +31,23 @@ def all_ranks(packed_KC: Tensor, world: World) -> Tensor:
 
 def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512) -> Tensor:
     """Cross-entropy of each token in nats, fp32 [T], without gradients."""
+    # a processor sums over so few rows in its caches; a GPU over all of a chunk in one kernel
+    rows = 8 if hidden_TH.device.type == "cpu" else chunk_tokens
     losses = []
     for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
-        logits_Cv = (hidden_CH @ weight_vH.t()).float()
+        logits_Cv = hidden_CH @ weight_vH.t()
         inside_C = (labels_C >= first) & (labels_C < first + weight_vH.shape[0])
         mine_C = torch.where(inside_C, labels_C - first, 0)
-        target_C = torch.where(inside_C, logits_Cv.gather(1, mine_C[:, None])[:, 0], 0.0)
-        sums_rKC = all_ranks(torch.stack([torch.logsumexp(logits_Cv, dim=1), target_C]), world)
+        target_C = torch.where(inside_C, logits_Cv.gather(1, mine_C[:, None])[:, 0].float(), 0.0)
+        spread_C = torch.cat([log_sum_exp(part_v.float()) for part_v in logits_Cv.split(rows)])
+        sums_rKC = all_ranks(torch.stack([spread_C, target_C]), world)
         losses.append(torch.logsumexp(sums_rKC[:, 0], dim=0) - sums_rKC[:, 1].sum(dim=0))
     return torch.cat(losses)
+
+
+def log_sum_exp(logits_Cv: Tensor) -> Tensor:
+    """[C], as torch's, in the memory of `logits_Cv`, whose content is lost."""
+    largest_C1 = logits_Cv.amax(dim=1, keepdim=True)
+    # a row of -inf, or with an inf, has that for its sum: inf - inf would be none
+    finite_C1 = torch.where(largest_C1.isfinite(), largest_C1, 0.0)
+    return logits_Cv.sub_(finite_C1).exp_().sum(dim=1).log_().add_(finite_C1[:, 0])

@@ -1,0 +1,1 @@
+"""What a model can do: questions with answers to choose from."""

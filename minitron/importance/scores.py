@@ -21,15 +21,16 @@ from minitron.importance.hooks import LAYERS_BI, Probes
 
 Tensor = torch.Tensor
 FILE = "importance.safetensors"
-LAYERS_LOSS = "layers.loss"  # one entry per run of layers that was skipped; only where calibrate.skip_layers asked for it
+# without every run of N layers, the loss and the share of questions answered rightly: "layers.loss.N", "layers.choices.N" [layers - N + 1]
+LAYERS_LOSS, LAYERS_CHOICES = "layers.loss", "layers.choices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Scores of every unit, fp32, in the unsharded order: "hidden", "ffn.{layer}", "heads.{layer}", "groups.{layer}", "layers.bi", and
-    where it was measured "layers.loss".
+    where they were measured "layers.loss.{N}" and "layers.choices.{N}": the loss, and the share of right answers, without every run of N layers.
 
-    Higher matters more. `provenance` says what they were measured on.
+    Of the others, higher matters more. `provenance` says what they were measured on.
     """
 
     tensors: dict[str, Tensor]
@@ -51,8 +52,13 @@ class Scores:
             raise RequestError(f"cannot read {path}: {error} (minitron calibrate makes it)") from error
         if provenance.get("model_hash") != model_hash:
             raise RequestError(f"{path} was measured on another model (hash {provenance.get('model_hash')}, this one is {model_hash})")
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != LAYERS_LOSS}
-        if shapes != expected_shapes(arch) or len(tensors.get(LAYERS_LOSS, [])) > arch.num_layers:
+        if LAYERS_LOSS in tensors:  # files of before several lengths were measured: the one length is told by the number of runs
+            losses = tensors.pop(LAYERS_LOSS)
+            tensors[f"{LAYERS_LOSS}.{arch.num_layers - len(losses) + 1}"] = losses
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        lengths = range(1, arch.num_layers)
+        runs = {f"{kind}.{length}": (arch.num_layers - length + 1,) for kind in (LAYERS_LOSS, LAYERS_CHOICES) for length in lengths}
+        if shapes != expected_shapes(arch) | {name: shape for name, shape in runs.items() if name in shapes}:
             raise RequestError(f"{path}: its tensors do not fit the model's sizes")
         return cls(tensors, provenance)
 

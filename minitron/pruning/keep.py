@@ -76,26 +76,32 @@ def top(scores: torch.Tensor, count: int) -> Indices:
 
 def skipped_at_a_time(by: str, total: int, count: int) -> int:
     """How many layers are left out at a time to measure what `by` needs."""
-    return 1 if by == "loss" else total - count
+    return 1 if by in ("loss", "choices") else total - count
 
 
 def top_layers(scores: dict[str, torch.Tensor], count: int, by: str) -> Indices:
-    """The layers that stay: by Block Importance, by the loss without each of them, or all but the contiguous block that is missed least.
+    """The layers that stay: by Block Importance, by what the model loses without each of them, or all but the contiguous block that is missed least.
 
-    Raises RequestError where that was not measured.
+    What it loses is the loss without them or (`choices`) right answers, where equal the loss. Raises RequestError where that was not measured.
     """
     total = len(scores["layers.bi"])
     if by == "bi" or count == total:
         return top(scores["layers.bi"], count)
     at_a_time = skipped_at_a_time(by, total, count)
-    losses = scores.get("layers.loss")
-    if losses is None or len(losses) != total - at_a_time + 1:
-        raise refuse(
-            "target.layers_by", by, f"the loss was not measured without {at_a_time} at a time: calibrate with calibrate.skip_layers={at_a_time}"
-        )
-    if by == "loss":
-        return top(losses, count)
-    dropped = int(np.argmin(losses.double().numpy()))
+    losses, accuracies = (scores.get(f"layers.{kind}.{at_a_time}") for kind in ("loss", "choices"))
+    if losses is None:
+        what = f"the loss was not measured without {at_a_time} at a time: calibrate with calibrate.skip_layers={at_a_time}"
+        raise refuse("target.layers_by", by, what)
+    missed = [losses.double().numpy()]
+    if by in ("choices", "block_choices"):
+        if accuracies is None:
+            what = f"no questions were answered without {at_a_time} at a time: calibrate with calibrate.choices and calibrate.skip_layers={at_a_time}"
+            raise refuse("target.layers_by", by, what)
+        missed.append(-accuracies.double().numpy())
+    if by in ("loss", "choices"):
+        most_missed_last = np.lexsort([-np.arange(total), *missed])  # by the last of these, where that is equal by the one before
+        return np.sort(most_missed_last[total - count :]).astype(np.int64)
+    dropped = int(np.lexsort(missed)[0])
     return np.delete(np.arange(total), np.arange(dropped, dropped + at_a_time))
 
 

@@ -1,6 +1,7 @@
 """From the settings under `target` to the architecture of the compressed model. Pure; every impossible size is refused here."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from minitron.arch.arch import Arch, Layer
 from minitron.arch.families import written_as
@@ -82,8 +83,8 @@ def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:
         raise impossible(name, target, getattr(arch, name), "nothing to prune: the model has these sizes already")
 
 
-def check_ways(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None) -> None:
-    """Refuse a ranking of layers that calibration will not measure, and ways of cutting what is not cut."""
+def check_ways(arch: Arch, pruned: Arch, target: Target, skip_lengths: Sequence[int], choices: str | None = None) -> None:
+    """Refuse a ranking of layers that calibration, with these of its settings, will not measure, and ways of cutting what is not cut."""
     if target.merge_heads and all(pruned.layer(n).heads_per_group == arch.heads_per_group for n in range(pruned.num_layers)):
         raise refuse("target.merge_heads", True, "no KV group loses query heads with these targets; false is needed")
     if target.layers_by == "bi":
@@ -91,8 +92,15 @@ def check_ways(arch: Arch, pruned: Arch, target: Target, skip_layers: int | None
     if pruned.num_layers == arch.num_layers:
         raise refuse("target.layers_by", target.layers_by, "no layers are cut with these targets; bi is needed")
     needed = skipped_at_a_time(target.layers_by, arch.num_layers, pruned.num_layers)
-    if skip_layers != needed:
+    if needed not in skip_lengths:
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers={needed} is needed with it")
+    check_questions(target, choices)
+
+
+def check_questions(target: Target, choices: str | None) -> None:
+    """Refuse a ranking of layers by questions where there are none."""
+    if target.layers_by in ("choices", "block_choices") and choices is None:
+        raise refuse("target.layers_by", target.layers_by, "calibrate.choices is needed with it: the questions to answer")
 
 
 def impossible(name: str, target: Target, size: int, reason: str) -> RequestError:

@@ -6,7 +6,8 @@ Blue is what was kept, and the student; vermilion what was cut, and the pruned m
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,9 +116,10 @@ def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str 
         pictures.append(hidden_curve(importance["hidden"].astype(float), kept.get("hidden")))
     if "layers.bi" in importance:
         pictures.append(layer_bars(importance["layers.bi"].astype(float), kept.get("layers"), criterion))
-    if "layers.bi" in importance and "layers.loss" in importance:
-        skipped = loss_without_layers(importance["layers.loss"].astype(float), len(importance["layers.bi"]), kept.get("layers"))
-        pictures = [*pictures[-1:], skipped, *pictures[:-1]]  # the two of layers side by side
+    skipped = sorted((-len(importance[name]), kind, name) for name in importance for kind in WITHOUT if name.startswith(kind))
+    if "layers.bi" in importance and skipped:
+        runs = [without_layers(kind, importance[name].astype(float), len(importance["layers.bi"]), kept.get("layers")) for _, kind, name in skipped]
+        pictures = [*pictures[-1:], *runs, *pictures[:-1]]  # those of layers side by side
     if by_layer := {axis: found for axis in LAYER_LINES if len(found := layer_means(importance, axis))}:
         pictures.append(score_by_layer(by_layer, kept.get("layers")))
     for axis, paint in (("ffn", ffn_map), ("heads", heads_map), ("groups", heads_map)):
@@ -220,30 +222,38 @@ def layer_bars(scores: Floats, kept: Units | None, criterion: str | None) -> Pic
     return Picture("Layers", meaning + outcome, draw("layers", 220, paint))
 
 
-def loss_without_layers(losses: Floats, layers: int, kept: Units | None) -> Picture:
-    """The loss [runs] without every run of neighbouring layers, by the run's first layer; those that were dropped are crosses."""
-    first, length = np.arange(len(losses)), layers - len(losses) + 1
+# what was measured without runs of layers: of its picture the title, the caption, the axis, the run that matters least
+WITHOUT: dict[str, tuple[str, str, str, str, Callable[[Floats], Any]]] = {
+    "layers.loss": ("Loss without", "Next-token loss without", "the lowest", "loss (nats per token)", np.nanargmin),
+    "layers.choices": ("Answers without", "Share of questions answered rightly without", "the highest", "right answers", np.nanargmax),
+}
+
+
+def without_layers(kind: str, values: Floats, layers: int, kept: Units | None) -> Picture:
+    """What was measured [runs] without every run of neighbouring layers, by the run's first layer; those that were dropped are crosses."""
+    title, meaning, best, axis, least_missed = WITHOUT[kind]
+    first, length = np.arange(len(values)), layers - len(values) + 1
     stays = np.ones(layers, dtype=bool) if kept is None else np.isin(np.arange(layers), kept)
     dropped = np.array([not stays[at : at + length].any() for at in first], dtype=bool)
-    known = np.isfinite(losses)
+    known = np.isfinite(values)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(axis="y")
-        axes.plot(first[known], losses[known], color=KEPT_SOFT, linewidth=1.2)
-        axes.plot(first[known & ~dropped], losses[known & ~dropped], "o", color=KEPT, markersize=4.5)
-        axes.plot(first[known & dropped], losses[known & dropped], "x", color=CUT, markersize=6, markeredgewidth=1.8)
+        axes.plot(first[known], values[known], color=KEPT_SOFT, linewidth=1.2)
+        axes.plot(first[known & ~dropped], values[known & ~dropped], "o", color=KEPT, markersize=4.5)
+        axes.plot(first[known & dropped], values[known & dropped], "x", color=CUT, markersize=6, markeredgewidth=1.8)
         label = "layer left out" if length == 1 else f"first of the {length} layers left out"
-        axes.set(xlim=(-0.6, layers - 0.4), xlabel=label, ylabel="loss (nats per token)")
+        axes.set(xlim=(-0.6, layers - 0.4), xlabel=label, ylabel=axis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     what = "a layer" if length == 1 else f"{length} layers in a row"
-    told = f"Next-token loss without {what}"
+    told = f"{meaning} {what}"
     if known.any():
-        at = int(np.nanargmin(np.where(known, losses, np.nan)))
-        told += f"; the lowest, {decimal(float(losses[at]), 3)}, without {f'layer {at}' if length == 1 else f'layers {at} to {at + length - 1}'}"
+        at = int(least_missed(np.where(known, values, np.nan)))
+        told += f"; {best}, {decimal(float(values[at]), 3)}, without {f'layer {at}' if length == 1 else f'layers {at} to {at + length - 1}'}"
     cross = " Cross: dropped." if dropped.any() else ""
-    return Picture(f"Loss without {what}", f"{told}.{cross}", draw("skipped", 220, paint))
+    return Picture(f"{title} {what}", f"{told}.{cross}", draw(f"without-{kind.split('.')[1]}-{length}", 220, paint))
 
 
 def relative(scores: Floats) -> tuple[Floats, float, float]:

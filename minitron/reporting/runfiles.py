@@ -26,7 +26,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 class RunFiles:
     """The content of `run.dir`; None (or, for metrics, an empty list) where a file is not there yet.
 
-    `importance`: scores [units] by name ("hidden", "ffn.0", ..., "layers.bi", and "layers.loss" [runs] where it was measured);
+    `importance`: scores [units] by name ("hidden", "ffn.0", ..., "layers.bi", and "layers.loss.1" and the like [runs] where it was measured);
     `keep`: kept units, ascending, in the original's numbering, under the same names ("layers" for the layers); `config`: the
     text of config.yaml.
     """

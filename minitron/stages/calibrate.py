@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +10,11 @@ import torch
 import minitron
 from minitron import engine
 from minitron.config.schema import Config
-from minitron.importance.depth import losses_without
+from minitron.data.tokenizing import load_tokenizer
+from minitron.evaluation import choices
+from minitron.importance.depth import losses_without, sums_without
 from minitron.importance.hooks import Probes
-from minitron.importance.scores import FILE, LAYERS_LOSS, Scores, collect, magnitude_scores, provenance, random_scores
+from minitron.importance.scores import FILE, LAYERS_CHOICES, LAYERS_LOSS, Scores, collect, magnitude_scores, provenance, random_scores
 from minitron.reporting.console import progress, say
 from minitron.reporting.wording import prepared
 from minitron.session import Session, session
@@ -68,21 +69,36 @@ def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str,
             engine.forward_only(model, group, world, watch=probes)
             advance(sum(map(len, group)))
     scores = collect(probes, world)
-    if settings.skip_layers is not None:
-        scores[LAYERS_LOSS] = measure_depth(model, samples, opened, settings.skip_layers)
+    if settings.skip_lengths:
+        scores |= losses_by_depth(model, samples, opened)
+    if settings.choices is not None:
+        scores |= accuracies_by_depth(model, opened)
     return scores
 
 
-def measure_depth(model: engine.Model, samples: Samples, opened: Session, at_a_time: int) -> torch.Tensor:
+def losses_by_depth(model: engine.Model, samples: Samples, opened: Session) -> dict[str, torch.Tensor]:
     """The loss without every run of layers, on the first of the samples."""
-    from minitron.data.corpus import eval_batches
+    from minitron.data.corpus import eval_batches, num_eval_batches
 
     settings, world = opened.cfg.calibrate, opened.world
     first = [samples[i] for i in range(min(settings.skip_samples, len(samples)))]
+    batches = eval_batches(first, micro_batch_size=settings.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    passes = num_eval_batches(first, settings.micro_batch_size, world.dp)
+    with progress("layers by loss", passes, opened.cfg.logging.progress and world.is_main) as advance:
+        losses = losses_without(model, batches, world, settings.skip_lengths, advance)
+    return {f"{LAYERS_LOSS}.{length}": values for length, values in losses.items()}
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return eval_batches(first, micro_batch_size=settings.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
 
-    runs = model.arch.num_layers - at_a_time + 1
-    with progress("layers by loss", runs, opened.cfg.logging.progress and world.is_main) as advance:
-        return losses_without(model, batches, world, at_a_time, advance)
+def accuracies_by_depth(model: engine.Model, opened: Session) -> dict[str, torch.Tensor]:
+    """The share of questions that the model answers rightly without every run of layers."""
+    settings, world, tokenizer = opened.cfg.calibrate, opened.world, load_tokenizer(str(opened.source.folder))
+    assert settings.choices is not None
+    given = settings.choices
+    questions, normalised = engine.on_main(world, lambda: choices.read(given, "calibrate.choices", settings.questions))
+    asked = choices.requests(questions, tokenizer, model.arch.max_position_embeddings)
+    ways = (2 * world.cp if world.cp > 1 else 1) * (world.tp if world.sequence_parallel else 1)
+    batches = list(choices.microbatches(asked, settings.micro_batch_size * settings.seq_length, ways))[world.dp_rank :: world.dp]
+    with progress("layers by choices", len(batches), opened.cfg.logging.progress and world.is_main) as advance:
+        sums, _ = sums_without(model, batches, world, settings.skip_lengths, len(asked), advance)
+    accuracies = {length: choices.accuracy(losses_PN, questions, normalised) for length, losses_PN in sums.items()}
+    return {f"{LAYERS_CHOICES}.{length}": values.float() for length, values in accuracies.items()}

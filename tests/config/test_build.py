@@ -87,6 +87,9 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
         ({"train": {"lr": 0}}, "train.lr=0.0: more than 0 is needed"),
         ({"data": {"valid_fraction": 0.9}}, "data.valid_fraction=0.9: at most 0.5 is allowed"),
         ({"calibrate": {"seq_agg": "max"}}, "calibrate.seq_agg=max: one of mean, l2, var is needed"),
+        ({"calibrate": {"skip_layers": 2, "criterion": "random"}}, "calibrate.skip_layers=2: must be null with calibrate.criterion=random"),
+        ({"calibrate": {"skip_layers": [1, 0]}}, "calibrate.skip_layers=[1, 0]: at least 1 is needed"),
+        ({"calibrate": {"choices": "set.jsonl"}}, "calibrate.choices=set.jsonl: calibrate.skip_layers is needed with it"),
         ({"distill": {"loss": "none"}}, "distill.cross_entropy=0.0: nothing is left to train on with distill.loss=none: more than 0 is needed"),
         (
             {"distill": {"loss": "none", "cross_entropy": 1, "top_k": 5}},
@@ -197,3 +200,8 @@ def test_yaml_holds_every_setting():
 def test_yaml_that_is_no_config_is_refused(text):
     with pytest.raises(RequestError):
         build.from_yaml(text)
+
+
+@pytest.mark.parametrize(("given", "lengths"), [(None, []), (8, [8]), ([4, 1, 4], [1, 4])])
+def test_runs_of_layers_are_of_one_length_or_several(given, lengths):
+    assert build(Config, {"calibrate": {"skip_layers": given}}).calibrate.skip_lengths == lengths

@@ -32,6 +32,20 @@ def test_scores_of_another_model_are_refused(written):
         Scores.load(written, ARCH.replace(num_layers=5), "cafe")
 
 
+def test_what_was_measured_without_layers_is_told_by_how_many(tmp_path):
+    file, layers = tmp_path / "importance.safetensors", ARCH.num_layers
+    runs = {f"layers.{kind}.{length}": torch.rand(layers - length + 1) for kind in ("loss", "choices") for length in (1, 3)}
+    Scores({**random_scores(ARCH, 3), **runs}, {"model_hash": "cafe"}).save(file)
+    assert Scores.load(file, ARCH, "cafe").tensors.keys() == {*expected_shapes(ARCH), *runs}
+    # as it was written before several lengths could be measured
+    Scores({**random_scores(ARCH, 3), "layers.loss": runs["layers.loss.3"]}, {"model_hash": "cafe"}).save(file)
+    assert torch.equal(Scores.load(file, ARCH, "cafe").tensors["layers.loss.3"], runs["layers.loss.3"])
+    for wrong in ({"layers.loss.2": torch.rand(layers)}, {"layers.loss": torch.rand(layers + 1)}, {"layers.spare": torch.rand(3)}):
+        Scores({**random_scores(ARCH, 3), **wrong}, {"model_hash": "cafe"}).save(file)
+        with pytest.raises(RequestError, match="its tensors do not fit the model's sizes"):
+            Scores.load(file, ARCH, "cafe")
+
+
 def test_files_that_are_no_score_files_are_refused(written, tmp_path):
     with pytest.raises(RequestError, match=r"cannot read .*absent.*minitron calibrate makes it"):
         Scores.load(tmp_path / "absent", ARCH, "cafe")

@@ -53,7 +53,7 @@ def at_layout(world: Any, folder: Path, out: Path) -> dict[str, Any]:
             forward_only(model, group, world, watch=probes)
     scores = collect(probes, world)
     batches = [(batch, torch.ones(len(batch), dtype=torch.bool)) for batch in windows.split(2)]
-    scores[LAYERS_LOSS] = losses_without(model, lambda: batches, world, 1, lambda count: None)
+    scores[f"{LAYERS_LOSS}.1"] = losses_without(model, batches, world, [1])[1]
     found: dict[str, Any] = {"scores": scores, "keeps": {}, "logits": {}}
     for name, target in TARGETS.items():
         arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp, cp=world.cp, vpp=world.vpp))
@@ -76,7 +76,7 @@ def oracle_scores(folder: Path) -> dict[str, np.ndarray]:
         model.config.num_hidden_layers -= 1
         with torch.no_grad():
             losses.append(model(windows, labels=windows, use_cache=False).loss.item())
-    return {**Recorded(folder, windows[:, :-1]).scores("l2", "mean"), LAYERS_LOSS: np.array(losses)}
+    return {**Recorded(folder, windows[:, :-1]).scores("l2", "mean"), f"{LAYERS_LOSS}.1": np.array(losses)}
 
 
 def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarr
     for found in ranks:
         assert found["scores"].keys() == oracle.keys()
         for name, score in found["scores"].items():
-            axis = name if name.startswith("layers") else name.split(".")[0]
+            axis = ".".join(name.split(".")[:2]) if name.startswith("layers") else name.split(".")[0]
             errors[axis] = max(errors.get(axis, 0.0), float(np.abs(score.double().numpy() / oracle[name] - 1).max()))
     source = open_folder(folder, "model.path")
     scores = {name: torch.from_numpy(score) for name, score in oracle.items()}

@@ -88,3 +88,45 @@ def test_a_file_that_is_no_keep_file_is_refused(tmp_path):
     (tmp_path / "keep.safetensors").write_bytes(b"nothing")
     with pytest.raises(RequestError, match=r"cannot read .*keep.safetensors.*minitron prune makes it"):
         Keep.load(tmp_path / "keep.safetensors")
+
+
+def measured(layers, **values):
+    """Scores of a model of which only the layers differ."""
+    arch = Arch("llama", layers, 1, 1, 1, 1, 2, 8, 8)
+    scores = {name: torch.zeros(size) for name, (size,) in expected_shapes(arch).items()}
+    return arch, scores | {name.replace("_", "."): torch.tensor(tensor) for name, tensor in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("by", "count", "kept"),
+    [
+        ("bi", 3, [0, 1, 2]),
+        ("loss", 3, [0, 2, 4]),
+        ("loss", 2, [0, 2]),  # of equal ones the first stays
+        ("choices", 3, [0, 1, 4]),
+        ("choices", 2, [0, 4]),  # as many right answers without 4 as without 1, and a higher loss
+        ("block", 3, [0, 3, 4]),
+        ("block_choices", 3, [0, 1, 4]),  # as many without 2 and 3 as without the first two, and a lower loss
+        ("block_choices", 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_layers_by_what_is_missed_without_them(by, count, kept):
+    arch, scores = measured(
+        5, layers_loss_1=[9.0, 3.5, 4.0, 2.0, 4.0], layers_choices_1=[0.2, 0.5, 0.6, 0.7, 0.5], layers_loss_2=[9.0, 3.0, 4.0, 5.0],
+        layers_choices_2=[0.4, 0.3, 0.4, 0.2],
+    )  # fmt: skip
+    assert select(scores, arch, arch.replace(num_layers=count), by).layers.tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("by", "count", "said"),
+    [
+        ("block", 2, "without 3 at a time: calibrate with calibrate.skip_layers=3"),
+        ("loss", 2, "without 1 at a time: calibrate with calibrate.skip_layers=1"),
+        ("block_choices", 3, "no questions were answered without 2 at a time: calibrate with calibrate.choices and calibrate.skip_layers=2"),
+    ],
+)
+def test_layers_by_what_was_not_measured_are_refused(by, count, said):
+    arch, scores = measured(5, layers_loss_2=[1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(RequestError, match=f"target.layers_by={by}: .*{said}"):
+        select(scores, arch, arch.replace(num_layers=count), by)

@@ -121,5 +121,9 @@ def test_sizes_and_fractions(target, sizes):
 def test_ways_of_cutting_that_have_nothing_to_do_or_nothing_to_go_by(target, said):
     wanted = Target(**target)
     with pytest.raises(RequestError, match=said):
-        check_ways(ARCH, target_arch(ARCH, wanted, Parallel()), wanted, None)
-    check_ways(ARCH, target_arch(ARCH, Target(num_layers=4), Parallel()), Target(num_layers=4, layers_by="block"), 2)
+        check_ways(ARCH, target_arch(ARCH, wanted, Parallel()), wanted, [])
+    wanted = Target(num_layers=4, layers_by="block_choices")
+    with pytest.raises(RequestError, match=r"target.layers_by=block_choices: calibrate.choices is needed with it"):
+        check_ways(ARCH, target_arch(ARCH, wanted, Parallel()), wanted, [2])
+    check_ways(ARCH, target_arch(ARCH, wanted, Parallel()), wanted, [2], "allenai/winogrande")
+    check_ways(ARCH, target_arch(ARCH, Target(num_layers=4), Parallel()), Target(num_layers=4, layers_by="block"), [1, 2])

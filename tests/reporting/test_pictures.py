@@ -87,17 +87,25 @@ def losses_of(layers, at_a_time):
 
 def test_losses_without_layers_stand_beside_the_layers_scores(run_dir):
     run = read_run(run_dir)
-    found = pictures.importance_pictures({**run.importance, "layers.loss": losses_of(30, 1)}, run.keep, "activation")
+    found = pictures.importance_pictures({**run.importance, "layers.loss.1": losses_of(30, 1)}, run.keep, "activation")
     assert [picture.title for picture in found[:3]] == ["Layers", "Loss without a layer", "Hidden channels"]
     assert found[1].caption == "Next-token loss without a layer; the lowest, 3.000, without layer 4."
-    without_keep = pictures.importance_pictures({**run.importance, "layers.loss": losses_of(30, 1)}, None)
+    both = {**run.importance, "layers.choices.8": 1 / losses_of(30, 8), "layers.loss.1": losses_of(30, 1), "layers.loss.8": losses_of(30, 8)}
+    several = pictures.importance_pictures(both, run.keep, "activation")
+    assert [picture.title for picture in several[1:4]] == [
+        "Loss without a layer",
+        "Answers without 8 layers in a row",
+        "Loss without 8 layers in a row",
+    ]
+    assert several[2].caption == "Share of questions answered rightly without 8 layers in a row; the highest, 0.333, without layers 4 to 11."
+    without_keep = pictures.importance_pictures({**run.importance, "layers.loss.1": losses_of(30, 1)}, None)
     assert without_keep[1].caption == found[1].caption
 
 
 @pytest.mark.parametrize(("at_a_time", "dropped", "crosses"), [(1, [4, 9], 2), (8, list(range(4, 12)), 1), (8, [0, 3, 5], 0), (3, [4, 5, 6, 7], 2)])
 def test_every_run_of_layers_that_was_dropped_whole_is_a_cross(at_a_time, dropped, crosses):
     losses = losses_of(30, at_a_time).astype(float)
-    picture = pictures.loss_without_layers(losses, 30, np.setdiff1d(np.arange(30), dropped))
+    picture = pictures.without_layers("layers.loss", losses, 30, np.setdiff1d(np.arange(30), dropped))
     marks = {colour: len(re.findall(rf"<use[^>]*var\(--{colour}\)", picture.svg)) for colour in ("kept", "cut")}
     assert marks == {"kept": len(losses) - crosses, "cut": crosses}
     assert ("Cross: dropped." in picture.caption) == bool(crosses)
@@ -106,7 +114,7 @@ def test_every_run_of_layers_that_was_dropped_whole_is_a_cross(at_a_time, droppe
 
 @pytest.mark.parametrize("losses", [[np.nan, 3.0, np.inf], [np.nan] * 3])
 def test_losses_without_layers_that_are_not_finite_can_be_drawn(losses):
-    picture = pictures.loss_without_layers(np.array(losses), 4, None)
+    picture = pictures.without_layers("layers.loss", np.array(losses), 4, None)
     ElementTree.fromstring(picture.svg)
     assert ("the lowest, 3.000, without layers 1 to 2" in picture.caption) == (losses[1] == 3.0)
 
