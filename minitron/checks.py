@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from minitron.arch.arch import Arch
 from minitron.config.schema import MISSING, Config, Distill
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, groups_of
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
@@ -19,7 +19,7 @@ from minitron.data.tokenizing import differing_token, load_tokenizer
 from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
-from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
+from minitron.pruning.target import check_layout, check_rounds, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
 from minitron.weights.source import locate, open_folder
 
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 
 def readings(cfg: Config, verb: str) -> Iterator[Reading]:
     """Everything that a verb reads in windows."""
-    groups = VERBS[verb].groups
+    groups = groups_of(verb, cfg)
     if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
         yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
     if "distill" in groups or VERBS[verb].trains:
@@ -52,7 +52,7 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
 
 def check(cfg: Config, verb: str) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
-    groups = VERBS[verb].groups
+    groups = groups_of(verb, cfg)
     trains, distils = VERBS[verb].trains, "distill" in groups
     for name in SINKS if trains else ():
         if getattr(cfg.logging, name) and importlib.util.find_spec(name) is None:
@@ -82,6 +82,10 @@ def check(cfg: Config, verb: str) -> None:
         raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: teacher.cache.folder must be null")
     if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)
+    if verb == "prune" and "data" in groups and cfg.data.train == MISSING and cfg.data.calibration is None:
+        raise refuse(
+            "data.train", MISSING, f"importance is measured again with target.rounds={cfg.target.rounds}: this or data.calibration is needed"
+        )
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
             if (spec := getattr(cfg.data, name)) not in (None, MISSING):
@@ -148,6 +152,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     if "target" in groups:
         pruned = target_arch(arch, cfg.target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, cfg.target)
+        check_rounds(arch, pruned, cfg.target, cfg.parallel)
         check_ways(arch, pruned, cfg.target, cfg.calibrate.skip_layers)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")

@@ -26,7 +26,7 @@ ORDER = [
     {"launching", "reporting"},
     {"checks", "record"},
     {"session"},
-    {"training"},
+    {"calibration", "training"},
     {"stages"},
     {"cli"},
 ]

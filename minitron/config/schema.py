@@ -83,6 +83,9 @@ class Target:
         "goes (the last two need calibrate.skip_layers)",
         allowed=("bi", "loss", "block"),
     )
+    rounds: int = setting(
+        1, "cut in so many equal steps, and before each but the first measure importance again, as calibrate does, on what is left", least=1
+    )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
 
