@@ -50,8 +50,11 @@ def readings(cfg: Config, verb: str) -> Iterator[Reading]:
             yield Reading(split, f"{length}.seq_length", seq_length, "eval.tokens", cfg.eval.tokens, None)
 
 
-def check(cfg: Config, verb: str) -> None:
-    """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
+def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = None) -> None:
+    """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages.
+
+    `to_come`: the model and its teacher are still to be made; of this model no more can be told than its sizes, if these are known.
+    """
     groups = groups_of(verb, cfg)
     trains, distils = VERBS[verb].trains, "distill" in groups
     for name in SINKS if trains else ():
@@ -68,9 +71,9 @@ def check(cfg: Config, verb: str) -> None:
     if distils:
         check_effect(cfg.distill)
     check_lengths(cfg, verb)
-    if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
-        check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
-    if "teacher" in groups and cfg.teacher.path is not None:
+    if "model" in groups and (arch := arch if to_come else known_arch(cfg.model.path)) is not None:
+        check_model(cfg, verb, arch)
+    if "teacher" in groups and cfg.teacher.path is not None and not to_come:
         locate(cfg.teacher.path, "teacher.path")
     if trains and cfg.teacher.cache.folder is not None:
         Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(cfg))
@@ -93,6 +96,12 @@ def check(cfg: Config, verb: str) -> None:
     if "eval" in groups:
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
+
+
+def known_arch(path: str, setting: str = "model.path") -> Arch | None:
+    """The sizes of a model, None where it has to be fetched or converted to tell."""
+    found = Path(locate(path, setting))
+    return open_folder(found, setting).arch if found.is_dir() else None
 
 
 def check_effect(distill: Distill) -> None:

@@ -205,7 +205,7 @@ def test_places_of_units_that_lie_out_of_order(folder):
     ("target", "parallel", "line"),
     [
         (Target(num_layers=4, rounds=3), Parallel(), "target.rounds=3: a round would cut nothing: at most 2 with these targets"),
-        (Target(ffn_hidden_size=[60, 60, 60, 60, 60, 24], rounds=2), Parallel(), "target.rounds=2: 1 is needed with sizes that differ between layers"),
+        (Target(ffn_hidden_size=[60, 60, 60, 60, 60, 24], rounds=2), Parallel(), "target.rounds=2: 1 is needed with sizes that differ"),
         (Target(num_attention_heads=6, rounds=2, merge_heads=True), Parallel(), "target.merge_heads=true: must be false with target.rounds above 1"),
         (Target(ffn_hidden_size=36, rounds=3), Parallel(tp=3), "target.rounds=3: comes to ffn_hidden_size=52 on the way, which parallel.tp=3"),
     ],
