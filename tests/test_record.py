@@ -12,7 +12,7 @@ from minitron.config.schema import Config
 from minitron.engine.verified import mark
 from minitron.errors import RequestError
 from minitron.files import write_json
-from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, own, settings_of
+from minitron.record import ARTIFACTS, LOCK, RECORD, claim, locked, made_with, own, settings_of
 
 DONE = ("data", "calibrate", "prune", "distill", "evaluate", "export")
 
@@ -50,6 +50,21 @@ OTHERS = {
     "teacher": {"teacher": {"path": "other"}},
     "dtype": {"dtype": "fp32"},
 }
+
+
+def test_text_binds_a_cut_that_measures_again_alone(run):
+    """Rounds are newer than some runs: those go on, and prune alone need not be given the text."""
+    once, again = config(), config(target={"num_layers": 2, "rounds": 2})
+    assert not [name for name in settings_of(once, "prune", free=True) if name.startswith("data.")]
+    assert settings_of(again, "prune", free=True)["data.train"] == "t"
+    old = {name: value for name, value in settings_of(once, "prune", free=True).items() if name != "target.rounds"}
+    assert made_with({"settings": old}, "prune") == settings_of(once, "prune", free=True)
+    newer = {name: value for name, value in settings_of(again, "prune", free=True).items() if name != "data.prompt_key"}
+    assert made_with({"settings": newer}, "prune") == settings_of(again, "prune", free=True)
+    folder = run(done=["data", "calibrate"])
+    claim(folder, config(data={"train": "other"}), "prune")
+    with pytest.raises(RequestError, match=r"^data.train=other"):
+        claim(folder, config(data={"train": "other"}, target={"num_layers": 2, "rounds": 2}), "prune")
 
 
 def test_where_the_teacher_lies_binds_nothing(run):

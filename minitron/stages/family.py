@@ -6,7 +6,6 @@ A step is a whole `compress`, so a chain goes on wherever it was stopped (arXiv 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
 import shlex
 from pathlib import Path
@@ -30,18 +29,32 @@ ORIGINAL = "original"
 
 def run(cfg: Config) -> None:
     """Look at all steps first, then compress one after another; show all models."""
-    folder, steps = Path(cfg.run.dir), plan(cfg)
-    for number, (name, step) in enumerate(steps.items(), start=1):
-        with session(step, "compress") as opened:
-            if opened.world.is_main:
-                cut_from, taught_by = relations(cfg, number - 1)
-                stage_banner(number, len(steps), name, f"cut from {cut_from}, taught by {taught_by}")
-            engine.on_main(opened.world, lambda: begin(cfg, step, next(iter(steps.values()))))  # noqa: B023 -- called at once
-            compress.work(opened)
-            engine.on_main(opened.world, lambda: write_family(folder, members(cfg)))
-            if number == len(steps) and opened.world.is_main:
-                show_family(folder)
-        gc.collect()  # models know their hooks, which know the models: without this the next step would find them in memory
+    steps = plan(cfg)
+    for number in range(len(steps)):
+        take(cfg, steps, number)
+
+
+def take(cfg: Config, steps: dict[str, Config], number: int) -> None:
+    """One step, in a session of its own, of which nothing stays in memory."""
+    name, step = list(steps.items())[number]
+    folder, first = Path(cfg.run.dir), next(iter(steps.values()))
+
+    def begin() -> None:
+        cut_from, taught_by = relations(cfg, number)
+        stage_banner(number + 1, len(steps), name, f"cut from {cut_from}, taught by {taught_by}")
+        write_family(folder, members(cfg))  # makes the folder a chain's
+        if number:
+            Manifest.load(Path(first.run.dir) / "data").lend(Path(step.run.dir) / "data")
+
+    def end() -> None:
+        write_family(folder, members(cfg))
+        if number == len(steps) - 1:
+            show_family(folder)
+
+    with session(step, "compress") as opened:
+        engine.on_main(opened.world, begin)
+        compress.work(opened)
+        engine.on_main(opened.world, end)
 
 
 def plan(cfg: Config) -> dict[str, Config]:
@@ -126,13 +139,6 @@ def relations(cfg: Config, number: int) -> tuple[str, str]:
     if number and cfg.family.teacher == "previous":
         return before, before
     return before, ORIGINAL if cfg.teacher.path is None else cfg.teacher.path
-
-
-def begin(cfg: Config, step: Config, first: Config) -> None:
-    """Make the folder a chain's, and let a later step have the text that the first one prepared. On rank 0."""
-    write_family(Path(cfg.run.dir), members(cfg))
-    if step is not first:
-        Manifest.load(Path(first.run.dir) / "data").lend(Path(step.run.dir) / "data")
 
 
 def members(cfg: Config) -> list[Member]:
