@@ -159,7 +159,7 @@ def test_importance_in_rounds(finished, settings, tmp_path):
     rounds = [*settings, "target.rounds=3", "train.steps=1"]
     given = {group: [value for value in rounds if value.startswith(group)] for group in ("model", "data", "calibrate", "target", "device", "dtype")}
     prune = ["prune", f"run.dir={run}", *(value for values in given.values() for value in values)]
-    assert minitron(tmp_path / "log", "calibrate", *prune[1:]).code == 0
+    assert [minitron(tmp_path / "log", verb, *prune[1:]).code for verb in ("data", "calibrate")] == [0, 0]
     done = minitron(tmp_path / "log", *[value for value in prune if not value.startswith("data")])
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "data.train=???: importance is measured again with target.rounds=3" in done.err
