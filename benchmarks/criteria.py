@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from common import arguments, publish, wikitext
 
 from minitron import engine
+from minitron.calibration import importance
 from minitron.config.compose import compose
 from minitron.importance.scores import magnitude_scores, random_scores
 from minitron.pruning.keep import select
 from minitron.pruning.reslice import reslice
 from minitron.pruning.target import target_arch
 from minitron.session import Session, session
-from minitron.stages import calibrate, evaluate
+from minitron.stages import evaluate
 
 DEMO = ["recipe=smollm2_135m_to_100m", "eval.tokens=16384", "logging.progress=false"]
 SEEDS = (1, 2, 3)
@@ -26,15 +27,10 @@ SEEDS = (1, 2, 3)
 
 def models(opened: Session) -> Iterator[tuple[str, engine.Model]]:
     """The original, and one pruned model per ranking; each lives until the next is made."""
-    from minitron.data.corpus import Windows
-
     cfg, world, arch = opened.cfg, opened.world, opened.source.arch
     yield "none (the original)", opened.load_source()
-    samples = Windows(
-        opened.data.blend("calibration"), cfg.calibrate.seq_length, count=cfg.calibrate.samples, shuffle_seed=cfg.seed, setting="calibrate.samples"
-    )
     rankings = {
-        f"activations ({cfg.calibrate.batch_agg}, {cfg.calibrate.seq_agg})": lambda: calibrate.measure(opened.load_source(), samples, opened),
+        f"activations ({cfg.calibrate.batch_agg}, {cfg.calibrate.seq_agg})": lambda: importance(opened, arch, opened.load_source, []),
         "weight magnitude": lambda: magnitude_scores(opened.load_source(), world),
         **{f"random, seed {seed}": lambda seed=seed: random_scores(arch, seed) for seed in SEEDS},
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from minitron.arch.arch import Arch
 from minitron.config.schema import MISSING, Config, Distill
-from minitron.config.verbs import VERBS
+from minitron.config.verbs import VERBS, groups_of
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
@@ -22,7 +22,7 @@ from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.evaluation.choices import read
 from minitron.pruning.keep import skipped_at_a_time
-from minitron.pruning.target import check_layout, check_questions, check_smaller, check_ways, target_arch
+from minitron.pruning.target import check_layout, check_questions, check_rounds, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
 from minitron.search.budget import check_free, find
 from minitron.search.candidates import wanted
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 
 def readings(cfg: Config, verb: str) -> Iterator[Reading]:
     """Everything that a verb reads in windows."""
-    groups = VERBS[verb].groups
+    groups = groups_of(verb, cfg)
     if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
         yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
     if searches(cfg, verb):
@@ -63,9 +63,12 @@ def searches(cfg: Config, verb: str) -> bool:
     return verb in ("search", "compress") and bool(cfg.search.budgets)
 
 
-def check(cfg: Config, verb: str) -> None:
-    """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages."""
-    groups = VERBS[verb].groups
+def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = None) -> None:
+    """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages.
+
+    `to_come`: the model and its teacher are still to be made; of this model no more can be told than its sizes, if these are known.
+    """
+    groups = groups_of(verb, cfg)
     trains, distils = VERBS[verb].trains, "distill" in groups
     if searches(cfg, verb):
         check_search(cfg, verb)
@@ -85,9 +88,9 @@ def check(cfg: Config, verb: str) -> None:
     if distils:
         check_effect(cfg.distill)
     check_lengths(cfg, verb)
-    if "model" in groups and Path(found := locate(cfg.model.path, "model.path")).is_dir():
-        check_model(cfg, verb, open_folder(Path(found), "model.path").arch)
-    if "teacher" in groups and cfg.teacher.path is not None:
+    if "model" in groups and (arch := arch if to_come else known_arch(cfg.model.path)) is not None:
+        check_model(cfg, verb, arch)
+    if "teacher" in groups and cfg.teacher.path is not None and not to_come:
         locate(cfg.teacher.path, "teacher.path")
     if trains and cfg.teacher.cache.folder is not None:
         Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(trial(cfg) if searches(cfg, verb) else cfg))
@@ -99,6 +102,10 @@ def check(cfg: Config, verb: str) -> None:
         raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: teacher.cache.folder must be null")
     if loads_teacher(cfg, verb):
         check_teacher_ranks(cfg)
+    if verb == "prune" and "data" in groups and cfg.data.train == MISSING and cfg.data.calibration is None:
+        raise refuse(
+            "data.train", MISSING, f"importance is measured again with target.rounds={cfg.target.rounds}: this or data.calibration is needed"
+        )
     if "data" in groups:
         for name in ("train", "valid", "calibration"):
             if (spec := getattr(cfg.data, name)) not in (None, MISSING):
@@ -111,6 +118,8 @@ def check(cfg: Config, verb: str) -> None:
 def check_search(cfg: Config, verb: str) -> None:
     """Sizes are chosen or named, not both; the training's settings fit short distillations; cached predictions are of one order of the text."""
     check_free(cfg.target, cfg.search)
+    if cfg.target.rounds > 1:
+        raise refuse("target.rounds", cfg.target.rounds, "1 is needed in a search, whose candidates are cut at once")
     try:
         trial(cfg)
     except RequestError as error:
@@ -121,6 +130,12 @@ def check_search(cfg: Config, verb: str) -> None:
         if verb == "compress" and cfg.train.steps != cfg.search.rungs[-1]:
             other = f"it would serve the last of search.rungs={cfg.search.rungs} or train.steps={cfg.train.steps}, whose orders of the text differ"
             raise refuse("teacher.cache.folder", cfg.teacher.cache.folder, f"{other}: null is needed")
+
+
+def known_arch(path: str, setting: str = "model.path") -> Arch | None:
+    """The sizes of a model, None where it has to be fetched or converted to tell."""
+    found = Path(locate(path, setting))
+    return open_folder(found, setting).arch if found.is_dir() else None
 
 
 def check_effect(distill: Distill) -> None:
@@ -184,6 +199,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         target = wanted(cfg) if verb == "prune" else cfg.target
         pruned = target_arch(arch, target, cfg.parallel, exported=verb == "compress")
         check_smaller(arch, pruned, target)
+        check_rounds(arch, pruned, target, cfg.parallel)
         check_ways(arch, pruned, target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")

@@ -101,6 +101,14 @@ def retire(folder: Path) -> Path:
     return doomed
 
 
+def link(path: Path, name: Path) -> None:
+    """Give a file a second name; where the file system can't, it is copied."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, complete or not at all."""
     with atomic_path(path) as temporary:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from minitron import engine
 from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
-from minitron.config.verbs import VERBS, reads
+from minitron.config.verbs import VERBS, groups_of, measures_again, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
 
@@ -44,23 +44,31 @@ ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule"
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
+    return in_use(all_settings(cfg, verb, free), verb)
+
+
+def all_settings(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
+    """As `settings_of`, with those that nothing reads."""
     tree = dataclasses.asdict(cfg)
     groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
     named = flat({group: tree[group] for group in groups})
-    return in_use({name: value for name, value in named.items() if name not in left_out and reads(verb, name)})
+    return {name: value for name, value in named.items() if name not in left_out and reads(verb, name)}
 
 
-def in_use(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that nothing reads: where the teacher itself is asked, it does not matter what would be read of a cache."""
-    unread = ("teacher.cache.top_k",) if settings.get("teacher.cache.folder") is None else ()
+def in_use(settings: dict[str, Any], verb: str) -> dict[str, Any]:
+    """Settings without those that nothing reads: where the teacher itself is asked, it does not matter what would be read of a cache, and
+    where importance is measured once, a cut reads no text."""
+    unread = ["teacher.cache.top_k"] if settings.get("teacher.cache.folder") is None else []
+    if verb == "prune" and not measures_again(settings["target.rounds"], settings["calibrate.criterion"]):
+        unread += [name for name in settings if name.startswith("data.")]
     return {name: value for name, value in settings.items() if name not in unread}
 
 
 def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
     """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
     recorded = {name: value for name, value in entry.get("settings", {}).items() if reads(verb, name)}  # earlier versions noted more
-    return in_use({**settings_of(Config(), verb, free=True), **recorded}) if recorded else {}
+    return in_use({**all_settings(Config(), verb, free=True), **recorded}, verb) if recorded else {}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,9 +217,8 @@ def write_config(file: Path, cfg: Config, verb: str) -> None:
     """config.yaml: the settings that this verb reads as they are now, the others as an earlier verb of the run left them."""
     if file.exists():
         earlier = from_yaml(file.read_text(encoding="utf-8"))
-        cfg = dataclasses.replace(
-            earlier, **{group: newer(getattr(earlier, group), getattr(cfg, group), group, verb) for group in VERBS[verb].groups}
-        )
+        groups = groups_of(verb, cfg)
+        cfg = dataclasses.replace(earlier, **{group: newer(getattr(earlier, group), getattr(cfg, group), group, verb) for group in groups})
     write_text(file, to_yaml(cfg))
 
 

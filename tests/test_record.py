@@ -52,6 +52,21 @@ OTHERS = {
 }
 
 
+def test_text_binds_a_cut_that_measures_again_alone(run):
+    """Rounds are newer than some runs: those go on, and prune alone need not be given the text."""
+    once, again = config(), config(target={"num_layers": 2, "rounds": 2})
+    assert not [name for name in settings_of(once, "prune", free=True) if name.startswith("data.")]
+    assert settings_of(again, "prune", free=True)["data.train"] == "t"
+    old = {name: value for name, value in settings_of(once, "prune", free=True).items() if name != "target.rounds"}
+    assert made_with({"settings": old}, "prune") == settings_of(once, "prune", free=True)
+    newer = {name: value for name, value in settings_of(again, "prune", free=True).items() if name != "data.prompt_key"}
+    assert made_with({"settings": newer}, "prune") == settings_of(again, "prune", free=True)
+    folder = run(done=["data", "calibrate"])
+    claim(folder, config(data={"train": "other"}), "prune")
+    with pytest.raises(RequestError, match=r"^data.train=other"):
+        claim(folder, config(data={"train": "other"}, target={"num_layers": 2, "rounds": 2}), "prune")
+
+
 def test_where_the_teacher_lies_binds_nothing(run):
     folder = run(done=["data", "calibrate", "prune"], begun=["distill"], steps=[4])
     claim(folder, config(teacher={"parallel": {"tp": 2, "pp": 2}, "offload": True}), "compress")

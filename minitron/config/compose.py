@@ -19,8 +19,8 @@ __all__ = ["choices", "compose", "from_yaml", "to_yaml"]
 HYDRA_CFG = ("job", "hydra", "all")  # what Hydra's own --cfg is followed by
 
 
-def compose(verb: str, overrides: list[str], *, complete: bool = True) -> Config:
-    """The settings of one run of `verb`: `configs/VERB.yaml`, then `overrides` in Hydra's syntax.
+def compose(verb: str, overrides: list[str], *, complete: bool = True, base: Config | None = None) -> Config:
+    """The settings of one run of `verb`: `configs/VERB.yaml`, then `overrides` in Hydra's syntax. `base` stands in the place of the defaults.
 
     `complete=False` lets settings that the verb needs stay open (`???`). Raises RequestError, in one line, for
     whatever is wrong with the request.
@@ -34,7 +34,7 @@ def compose(verb: str, overrides: list[str], *, complete: bool = True) -> Config
 
     overrides = [checked(override) for override in overrides]
     # a plain dict: OmegaConf would make the frozen dataclasses themselves read-only
-    ConfigStore.instance().store("schema", dataclasses.asdict(Config()))
+    ConfigStore.instance().store("schema", dataclasses.asdict(base or Config()))
     try:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(hydra_compose(verb, overrides), resolve=True)

@@ -88,6 +88,9 @@ class Target:
         "choices, block_choices: the same by right answers",
         allowed=("bi", "loss", "block", "choices", "block_choices"),
     )
+    rounds: int = setting(
+        1, "cut in so many equal steps, and before each but the first measure importance again, as calibrate does, on what is left", least=1
+    )
     merge_heads: bool = setting(False, "add what pruned query heads differ by to the heads of their group that stay (head residual merge)")
     multiple_of: int = setting(8, "hidden and MLP sizes that come from a fraction are rounded to a multiple of this", least=1)
 

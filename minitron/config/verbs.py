@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
     ),
     "prune": Verb(
         "cut the model down to the target's sizes, or those that search chose, keeping the units that matter most",
-        ("run", "model", "target", "calibrate", "parallel", *COMMON),
+        ("run", "model", "target", "data", "calibrate", "parallel", "logging", *COMMON),
         ("run.dir", "model.path"),
     ),
     "cache": Verb(
@@ -113,3 +113,14 @@ def reads(verb: str, setting: str) -> bool:
     group = setting.split(".")[0]
     alone = READ_ALONE.get((verb, group), (setting,))
     return group in VERBS[verb].groups and verb in READERS.get(setting, VERBS) and setting in alone
+
+
+def measures_again(rounds: int, criterion: str) -> bool:
+    """Whether prune reads text, to measure what earlier rounds left."""
+    return rounds > 1 and criterion == "activation"
+
+
+def groups_of(verb: str, cfg: schema.Config) -> tuple[str, ...]:
+    """The groups of settings that a verb reads with the settings it has: prune has no use for text but to measure again."""
+    unread = ("data",) if verb == "prune" and not measures_again(cfg.target.rounds, cfg.calibrate.criterion) else ()
+    return tuple(group for group in VERBS[verb].groups if group not in unread)

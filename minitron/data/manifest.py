@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import RequestError
-from minitron.files import read_json, write_json
+from minitron.files import atomic_path, link, read_json, write_json
 
 MANIFEST = "manifest.json"
 Blend = list[tuple[Path, float]]  # prefixes of .bin/.idx files, each with its weight
@@ -62,6 +62,20 @@ class Manifest:
     def num_tokens(self, split: str) -> int:
         """Tokens of a split, end-of-document tokens included."""
         return sum(self.parts[name].tokens for name, _ in self.splits[split])
+
+    def lend(self, folder: Path) -> None:
+        """Put this prepared text into another run's data folder, which is made, unless there is one: hard links, or copies where there are none.
+
+        What that run reads otherwise it prepares anew: files are replaced, never written into, so each run's stay what they were.
+        """
+        if folder.exists() or not self.parts:
+            return
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for part in self.parts.values():
+                for ending in part.bytes if not Path(part.prefix).is_absolute() else ():
+                    link(self.folder / f"{part.prefix}.{ending}", temporary / f"{part.prefix}.{ending}")
+            dataclasses.replace(self, folder=temporary).save()
 
     def drop(self, name: str) -> None:
         """Forget a part and the splits that use it; its files are no longer vouched for."""

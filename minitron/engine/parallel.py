@@ -6,6 +6,7 @@ A run is started by torchrun (or SLURM through it), which sets RANK, WORLD_SIZE 
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import os
 import re
 import warnings
@@ -24,6 +25,8 @@ from minitron.errors import RequestError, refuse
 
 Result = TypeVar("Result")
 PATIENCE = datetime.timedelta(days=7)
+MEETING: list[tuple[Any, int, int]] = []  # of this process, once it has joined the others
+OPENINGS = itertools.count()  # of worlds in this process, one after another: the same on every rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +192,19 @@ def _join(size: int, device: torch.device, timeout: datetime.timedelta, lookout:
     if size == 1 and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
+        meeting, rank, size = _meet(timeout)
+        meeting.set_timeout(timeout)
+        store = dist.PrefixStore(f"world_{next(OPENINGS)}", meeting)  # what an earlier world left there is of ranks that it had
         if size > 1:
             lookout.begin(store, rank)  # before the groups: a rank that waits for another to make one with it hears of nothing else
         dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout)
+
+
+def _meet(timeout: datetime.timedelta) -> tuple[Any, int, int]:
+    """Where the ranks meet, rank, and their number. Rank 0 may keep that place itself, so no world takes it along when it ends."""
+    if not MEETING:
+        MEETING.append(next(dist.rendezvous("env://", timeout=timeout)))
+    return MEETING[0]
 
 
 def _stop(lookout: Lookout, error: BaseException | None) -> None:

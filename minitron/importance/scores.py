@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from minitron import engine
 from minitron.arch.arch import Arch
+from minitron.arch.axes import Indices
 from minitron.arch.units import to_units
 from minitron.errors import RequestError
 from minitron.files import atomic_path
@@ -91,7 +93,18 @@ def collect(probes: Probes, world: engine.World) -> dict[str, Tensor]:
         if axis in sizes:  # these units lie over the tensor ranks, dead ones last
             score_U = engine.gather_shards(score_U, world)[: sizes[axis]]
         mine[name] = score_U
-    return combine(engine.merge_over_stages({name: score.cpu() for name, score in mine.items()}, world), arch)
+    whole = combine(engine.merge_over_stages({name: score.cpu() for name, score in mine.items()}, world), arch)
+    return in_order(whole, probes.model.unit_order)
+
+
+def in_order(scores: dict[str, Tensor], orders: Mapping[str, Indices]) -> dict[str, Tensor]:
+    """Scores of units as they lie -> in ascending order of the units; `orders` is `Model.unit_order`."""
+    sorted_scores = dict(scores)
+    for name, order in orders.items():
+        axis, layer = name.split(".")
+        for scored in (name, f"heads.{layer}") if axis == "groups" else (name,):  # heads lie with their group
+            sorted_scores[scored] = scores[scored].view(len(order), -1)[torch.from_numpy(order.argsort())].flatten()
+    return sorted_scores
 
 
 def combine(probed: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
@@ -138,7 +151,7 @@ def magnitude_scores(model: engine.Model, world: engine.World) -> dict[str, Tens
     for key, value in engine.merge_over_stages({k: v.cpu() for k, v in squares.items()}, world, add=("hidden",)).items():
         whole[key] = value.sqrt().float()
     layers = torch.cat([whole.pop(f"{LAYERS_BI}.{layer}") for layer in range(arch.num_layers)])
-    return {**whole, LAYERS_BI: layers}
+    return in_order({**whole, LAYERS_BI: layers}, model.unit_order)
 
 
 def _per_axis(square_UP: Tensor, axis: str, parts: tuple[str, ...], layer: int | None, arch: Arch) -> dict[str, Tensor]:

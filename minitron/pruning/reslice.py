@@ -17,6 +17,7 @@ from minitron.arch.shards import held_units, shard_shape, stage_of
 from minitron.arch.units import to_units
 from minitron.pruning.balance import Plan, balance
 from minitron.pruning.keep import Keep
+from minitron.pruning.order import as_laid, ranks
 
 Tensor = torch.Tensor
 
@@ -30,10 +31,10 @@ def reslice(
     After a depth cut, layers travel so that every stage has its share again; they are cut first. Asserts every shape, the count
     of parameters and the tied head.
     """
-    original = model.arch
+    original, keep = model.arch, as_laid(keep, model.unit_order, model.arch)
     pruned = engine.skeleton(target, world, model.config.params_dtype, spec, recompute)
     taken = release if empty else parameter_of
-    plans = Plans(keep, original, world)
+    plans = Plans(keep, original, world, model.unit_order)
     old_names = {(row.name, layer): name for name, row, layer in engine.rows(model)}
     new_names = {(row.name, layer): name for name, row, layer in engine.rows(pruned)}
     for (_, layer), name in old_names.items():
@@ -94,10 +95,13 @@ def release(model: engine.Model, name: str) -> Tensor:
 
 
 class Plans:
-    """The balancing plan of every (axis, layer) whose units lie over tensor ranks, made once and used by each matrix of the axis."""
+    """The balancing plan of every (axis, layer) whose units lie over tensor ranks, made once and used by each matrix of the axis.
 
-    def __init__(self, keep: Keep, original: Arch, world: engine.World) -> None:
-        self.keep, self.original, self.world = keep, original, world
+    `keep` tells places; `numbers` are those of the units that lie there (Model.unit_order), where the two differ.
+    """
+
+    def __init__(self, keep: Keep, original: Arch, world: engine.World, numbers: dict[str, Indices]) -> None:
+        self.keep, self.original, self.world, self.numbers = keep, original, world, numbers
         self.made: dict[tuple[str, int | None], Plan] = {}
 
     def get(self, dim: Dim, layer: int | None) -> Plan:
@@ -111,6 +115,8 @@ class Plans:
     def order(self, dim: Dim, layer: int | None) -> Indices | None:
         """How the kept units lie over the ranks, where that is not in ascending order."""
         order = self.get(dim, layer).order()
+        if (numbers := self.numbers.get(f"{dim.axis}.{layer}")) is not None:
+            order = ranks(numbers)[order]
         return None if np.all(np.diff(order) > 0) else order
 
 

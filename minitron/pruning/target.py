@@ -9,6 +9,7 @@ from minitron.arch.shards import padded
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError, refuse
 from minitron.pruning.keep import skipped_at_a_time
+from minitron.pruning.rounds import most_rounds, way
 
 _PER_LAYER = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _ROUNDED = ("hidden_size", "ffn_hidden_size")
@@ -91,8 +92,9 @@ def check_ways(arch: Arch, pruned: Arch, target: Target, skip_lengths: Sequence[
         return
     if pruned.num_layers == arch.num_layers:
         raise refuse("target.layers_by", target.layers_by, "no layers are cut with these targets; bi is needed")
-    needed = skipped_at_a_time(target.layers_by, arch.num_layers, pruned.num_layers)
-    if needed not in skip_lengths:
+    first = way(arch, pruned, target.rounds)[0].num_layers
+    needed = skipped_at_a_time(target.layers_by, arch.num_layers, first)
+    if needed not in skip_lengths and first < arch.num_layers:
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers={needed} is needed with it")
     check_questions(target, choices)
 
@@ -101,6 +103,22 @@ def check_questions(target: Target, choices: str | None) -> None:
     """Refuse a ranking of layers by questions where there are none."""
     if target.layers_by in ("choices", "block_choices") and choices is None:
         raise refuse("target.layers_by", target.layers_by, "calibrate.choices is needed with it: the questions to answer")
+
+
+def check_rounds(arch: Arch, pruned: Arch, target: Target, parallel: Parallel) -> None:
+    """Refuse rounds of which one would cut nothing, or leave a model that the layout can't hold, and cuts that rounds don't add up to."""
+    if target.rounds == 1:
+        return
+    if pruned.layers:
+        raise refuse("target.rounds", target.rounds, "1 is needed with sizes that differ between layers")
+    if target.merge_heads:
+        raise refuse("target.merge_heads", True, "must be false with target.rounds above 1, where a head would be merged with merged ones")
+    if target.rounds > (most := most_rounds(arch, pruned)):
+        raise refuse("target.rounds", target.rounds, f"a round would cut nothing: at most {most} with these targets")
+    for sizes in way(arch, pruned, target.rounds):
+        if sizes.ffn_hidden_size % parallel.tp:
+            between = f"ffn_hidden_size={sizes.ffn_hidden_size} on the way, which parallel.tp={parallel.tp} must divide"
+            raise refuse("target.rounds", target.rounds, f"comes to {between}: another number of rounds is needed")
 
 
 def impossible(name: str, target: Target, size: int, reason: str) -> RequestError:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-import torch
 
 import minitron
 from minitron import engine
+from minitron.calibration import importance
 from minitron.config.schema import Config
-from minitron.data.tokenizing import load_tokenizer
-from minitron.evaluation import choices
-from minitron.importance.depth import losses_without, sums_without
-from minitron.importance.hooks import Probes
-from minitron.importance.scores import FILE, LAYERS_CHOICES, LAYERS_LOSS, Scores, collect, magnitude_scores, provenance, random_scores
-from minitron.reporting.console import progress, say
+from minitron.importance.scores import FILE, Scores, provenance
+from minitron.reporting.console import say
 from minitron.reporting.wording import prepared
 from minitron.session import Session, session
-
-if TYPE_CHECKING:
-    from minitron.data.corpus import Samples
 
 
 def run(cfg: Config) -> None:
@@ -33,20 +24,13 @@ def work(opened: Session) -> None:
     """Writes run.dir/importance.safetensors: scores of every unit of every axis, free of layout."""
     cfg, world = opened.cfg, opened.world
     data_hash = "none"
-    if cfg.calibrate.criterion == "random":
-        tensors = random_scores(opened.source.arch, cfg.seed)
-    elif cfg.calibrate.criterion == "magnitude":
-        tensors = magnitude_scores(opened.load_source(), world)
-    else:
-        from minitron.data.corpus import Windows
-
-        samples = Windows(opened.data.blend("calibration"), cfg.calibrate.seq_length, count=cfg.calibrate.samples, shuffle_seed=cfg.seed,
-                          setting="calibrate.samples")  # fmt: skip
+    if cfg.calibrate.criterion == "activation":
+        names = [name for name, _ in opened.data.splits["calibration"]]
         if world.is_main:
-            for name, _ in opened.data.splits["calibration"]:
+            for name in names:
                 say(prepared(name, opened.data.parts[name]))
-        data_hash = "-".join(opened.data.parts[name].sha256["bin"][:16] for name, _ in opened.data.splits["calibration"])
-        tensors = measure(opened.load_source(), samples, opened)
+        data_hash = "-".join(opened.data.parts[name].sha256["bin"][:16] for name in names)
+    tensors = importance(opened, opened.source.arch, opened.load_source, cfg.calibrate.skip_lengths)
     settings = {**dataclasses.asdict(cfg.calibrate), "seed": cfg.seed, "dtype": cfg.dtype}
     scores = Scores(tensors, provenance(opened.source.fingerprint(), data_hash, settings, minitron.__version__))
     opened.mark("calibrate", done=False)
@@ -54,51 +38,3 @@ def work(opened: Session) -> None:
     opened.mark("calibrate", done=True)
     if world.is_main:
         say(f"{opened.folder / FILE}: a score for every unit, by {cfg.calibrate.criterion}")
-
-
-def measure(model: engine.Model, samples: Samples, opened: Session) -> dict[str, torch.Tensor]:
-    """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet once, at the end."""
-    settings, world = opened.cfg.calibrate, opened.world
-    mine = range(world.dp_rank, len(samples), world.dp)
-    starts = range(0, len(mine), settings.micro_batch_size)
-    microbatches = (torch.stack([samples[i][:-1] for i in mine[start : start + settings.micro_batch_size]]) for start in starts)
-    probes = Probes(model, world, settings.seq_agg, settings.batch_agg, settings.seq_length, settings.compile)
-    bar = progress("calibrate", len(mine), opened.cfg.logging.progress and world.is_main)
-    with probes.attached(), bar as advance:
-        for group in engine.in_passes(microbatches, world, lambda tokens_BS: tokens_BS.shape):
-            engine.forward_only(model, group, world, watch=probes)
-            advance(sum(map(len, group)))
-    scores = collect(probes, world)
-    if settings.skip_lengths:
-        scores |= losses_by_depth(model, samples, opened)
-    if settings.choices is not None:
-        scores |= accuracies_by_depth(model, opened)
-    return scores
-
-
-def losses_by_depth(model: engine.Model, samples: Samples, opened: Session) -> dict[str, torch.Tensor]:
-    """The loss without every run of layers, on the first of the samples."""
-    from minitron.data.corpus import eval_batches, num_eval_batches
-
-    settings, world = opened.cfg.calibrate, opened.world
-    first = [samples[i] for i in range(min(settings.skip_samples, len(samples)))]
-    batches = eval_batches(first, micro_batch_size=settings.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
-    passes = num_eval_batches(first, settings.micro_batch_size, world.dp)
-    with progress("layers by loss", passes, opened.cfg.logging.progress and world.is_main) as advance:
-        losses = losses_without(model, batches, world, settings.skip_lengths, advance)
-    return {f"{LAYERS_LOSS}.{length}": values for length, values in losses.items()}
-
-
-def accuracies_by_depth(model: engine.Model, opened: Session) -> dict[str, torch.Tensor]:
-    """The share of questions that the model answers rightly without every run of layers."""
-    settings, world, tokenizer = opened.cfg.calibrate, opened.world, load_tokenizer(str(opened.source.folder))
-    assert settings.choices is not None
-    given = settings.choices
-    questions, normalised = engine.on_main(world, lambda: choices.read(given, "calibrate.choices", settings.questions))
-    asked = choices.requests(questions, tokenizer, model.arch.max_position_embeddings)
-    ways = (2 * world.cp if world.cp > 1 else 1) * (world.tp if world.sequence_parallel else 1)
-    batches = list(choices.microbatches(asked, settings.micro_batch_size * settings.seq_length, ways))[world.dp_rank :: world.dp]
-    with progress("layers by choices", len(batches), opened.cfg.logging.progress and world.is_main) as advance:
-        sums, _ = sums_without(model, batches, world, settings.skip_lengths, len(asked), advance)
-    accuracies = {length: choices.accuracy(losses_PN, questions, normalised) for length, losses_PN in sums.items()}
-    return {f"{LAYERS_CHOICES}.{length}": values.float() for length, values in accuracies.items()}

@@ -21,21 +21,26 @@ STAGES: dict[str, Callable[[Session], object]] = {
 
 
 def run(cfg: Config) -> None:
-    """Open the run, do its stages in order, report."""
+    """Open the run and compress."""
     with session(cfg, "compress") as opened:
-        stages = {verb: work for verb, work in STAGES.items() if verb != "search" or searches(cfg, "compress")}
-        for number, (verb, work) in enumerate(stages.items(), start=1):
-            # a stage that begins anew marks those after it as out of date
-            done = opened.is_done(verb)
-            if opened.world.is_main:
-                stage_banner(number, len(stages) + 1, verb, "done before" if done else "")
-            if not done:
-                if verb != "data":
-                    opened.data  # noqa: B018 -- texts that are too short for a later stage are refused before any work
-                work(opened)
-            if verb == "data" and opened.cfg.teacher.cache.folder is not None and not opened.is_done("distill"):
-                fitting_cache(opened)  # a cache of another text is refused before any work
-        engine.on_main(opened.world, lambda: finish(opened, len(stages) + 1))
+        work(opened)
+
+
+def work(opened: Session) -> None:
+    """Do the stages in order, report."""
+    stages = {verb: stage for verb, stage in STAGES.items() if verb != "search" or searches(opened.cfg, "compress")}
+    for number, (verb, stage) in enumerate(stages.items(), start=1):
+        # a stage that begins anew marks those after it as out of date
+        done = opened.is_done(verb)
+        if opened.world.is_main:
+            stage_banner(number, len(stages) + 1, verb, "done before" if done else "")
+        if not done:
+            if verb != "data":
+                opened.data  # noqa: B018 -- texts that are too short for a later stage are refused before any work
+            stage(opened)
+        if verb == "data" and opened.cfg.teacher.cache.folder is not None and not opened.is_done("distill"):
+            fitting_cache(opened)  # a cache of another text is refused before any work
+    engine.on_main(opened.world, lambda: finish(opened, len(stages) + 1))
 
 
 def finish(opened: Session, number: int) -> None:

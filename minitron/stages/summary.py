@@ -6,12 +6,16 @@ from minitron.config.schema import Config
 from minitron.errors import refuse
 from minitron.files import read_json
 from minitron.record import RECORD, at_work
+from minitron.reporting.family import read_family, show_family
 from minitron.reporting.summary import show_summary, stage_states
 
 
 def run(cfg: Config) -> None:
     """Print the summary of run.dir; changes nothing there."""
     folder = Path(cfg.run.dir)
+    if read_family(folder):
+        show_family(folder)
+        return
     if not (folder / RECORD).is_file():
         raise refuse("run.dir", folder, "the folder of a run is needed")
     show_summary(folder, stage_states(folder, read_json(folder / RECORD)), at_work(folder))

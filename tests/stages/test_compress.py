@@ -152,6 +152,33 @@ def test_the_stages_one_by_one_make_the_same(finished, settings, tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_importance_in_rounds(finished, settings, tmp_path):
+    """`prune` alone and in `compress`, at two tensor ranks: what is kept is the same, and other than in one round."""
+    run, pruned = tmp_path / "run", tmp_path / "run" / "keep.safetensors"
+    rounds = [*settings, "target.rounds=3", "train.steps=1"]
+    given = {group: [value for value in rounds if value.startswith(group)] for group in ("model", "data", "calibrate", "target", "device", "dtype")}
+    prune = ["prune", f"run.dir={run}", *(value for values in given.values() for value in values)]
+    assert [minitron(tmp_path / "log", verb, *prune[1:]).code for verb in ("data", "calibrate")] == [0, 0]
+    done = minitron(tmp_path / "log", *[value for value in prune if not value.startswith("data")])
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "data.train=???: importance is measured again with target.rounds=3" in done.err
+    done = minitron(tmp_path / "log", *prune)
+    assert (done.code, done.err) == (0, "")
+    assert "  round 3 of 3: importance of what is left, " in done.out
+    assert same_tensors(*(load_file(folder / "importance.safetensors") for folder in (run, finished)))
+    assert not same_tensors(load_file(pruned), load_file(finished / "keep.safetensors"))
+    before = pruned.stat().st_mtime_ns
+    with running(tmp_path / "log", "compress", f"run.dir={run}", *rounds, "parallel.tp=2", size=2) as ranks:
+        assert ranks.results(timeout=240) == [0, 0]
+    assert pruned.stat().st_mtime_ns == before
+    other = tmp_path / "other"
+    with running(tmp_path / "log", "compress", f"run.dir={other}", *rounds, "parallel.tp=2", size=2) as ranks:
+        assert ranks.results(timeout=240) == [0, 0]
+    assert same_tensors(load_file(other / "keep.safetensors"), load_file(pruned))
+    assert (other / "arch.json").read_bytes() == (finished / "arch.json").read_bytes()
+
+
 def finished_stage(run, verb):
     """A stage is done."""
     try:

@@ -1,0 +1,149 @@
+"""`minitron family`: several models in a chain, each compressed from the one before, every one in a run of its own below run.dir.
+
+A step is a whole `compress`, so a chain goes on wherever it was stopped (arXiv 2407.14679, best practices 1 and 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+from minitron import engine
+from minitron.checks import check, check_hidden, check_teacher_layout, known_arch
+from minitron.config.compose import compose
+from minitron.config.schema import Config, Family, Model, Target
+from minitron.data.manifest import Manifest
+from minitron.errors import RequestError, refuse
+from minitron.pruning.target import target_arch
+from minitron.record import RECORD, flat
+from minitron.reporting.console import stage_banner
+from minitron.reporting.family import FILE, Member, member, original, show_family, write_family
+from minitron.session import session
+from minitron.stages import compress
+from minitron.weights.source import locate
+
+ORIGINAL = "original"
+
+
+def run(cfg: Config) -> None:
+    """Look at all steps first, then compress one after another; show all models."""
+    steps = plan(cfg)
+    for number in range(len(steps)):
+        take(cfg, steps, number)
+
+
+def take(cfg: Config, steps: dict[str, Config], number: int) -> None:
+    """One step, in a session of its own, of which nothing stays in memory."""
+    name, step = list(steps.items())[number]
+    folder, first = Path(cfg.run.dir), next(iter(steps.values()))
+
+    def begin() -> None:
+        cut_from, taught_by = relations(cfg, number)
+        stage_banner(number + 1, len(steps), name, f"cut from {cut_from}, taught by {taught_by}")
+        write_family(folder, members(cfg))  # makes the folder a chain's
+        if number:
+            Manifest.load(Path(first.run.dir) / "data").lend(Path(step.run.dir) / "data")
+
+    def end() -> None:
+        write_family(folder, members(cfg))
+        if number == len(steps) - 1:
+            show_family(folder)
+
+    with session(step, "compress") as opened:
+        engine.on_main(opened.world, begin)
+        compress.work(opened)
+        engine.on_main(opened.world, end)
+
+
+def plan(cfg: Config) -> dict[str, Config]:
+    """The settings of every step, by name. Raises RequestError, naming the step, for whatever can be told before the first one is done."""
+    check_folder(cfg)
+    found: dict[str, Config] = {}
+    first = before = known_arch(cfg.model.path)
+    sizes: dict[str, int] = {}
+    for name, text in cfg.family.steps.items():
+        try:
+            step = found[name] = settings_of(cfg, name, shlex.split(text))
+            check(step, "compress", to_come=len(found) > 1, arch=before)
+            check_sizes(step.target, sizes)
+            teacher = first if step.teacher.path == original_path(cfg) else before
+            before = None if before is None or step.search.budgets else target_arch(before, step.target, step.parallel, exported=True)
+            if len(found) > 1 and teacher is not None:
+                check_teacher_layout(step, teacher, "the teacher's")
+                if before is not None:
+                    check_hidden(step, before, teacher)
+        except (RequestError, ValueError) as error:  # ValueError: quotes that don't end
+            raise RequestError(f"family.steps.{name}: {error}") from error
+    return found
+
+
+def check_folder(cfg: Config) -> None:
+    """Names of steps that can be folders, in a folder that is a chain's or holds nothing else."""
+    folder, names = Path(cfg.run.dir), cfg.family.steps
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in (ORIGINAL, FILE):
+            raise refuse("family.steps", name, f"a name of letters, digits, _, - and . is needed, other than {ORIGINAL}")
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    if RECORD in there or (FILE not in there and {*there} - {*names}):
+        raise refuse("run.dir", folder, "the folder holds files that are not a family's; an empty or new folder is needed")
+
+
+def settings_of(cfg: Config, name: str, words: list[str]) -> Config:
+    """The settings of one step: the chain's, what the chain decides, then the step's own."""
+    steps = list(cfg.family.steps)
+    number, folder = steps.index(name), Path(cfg.run.dir)
+    base = dataclasses.replace(cfg, family=Family(), run=dataclasses.replace(cfg.run, dir=str(folder / name)))
+    if number:
+        before = str(folder / steps[number - 1] / "hf")
+        teacher = before if cfg.family.teacher == "previous" else original_path(cfg)
+        base = dataclasses.replace(base, model=Model(before), teacher=dataclasses.replace(cfg.teacher, path=teacher))
+    step = compose("compress", words, base=base)
+    given, decided = flat(dataclasses.asdict(step)), flat(dataclasses.asdict(base))
+    for setting, value in given.items():
+        if setting.startswith(("run.", "model.", "family.")) and value != decided.get(setting):
+            raise refuse(setting, value, "the chain decides this; a step can't")
+    return step
+
+
+def original_path(cfg: Config) -> str:
+    """The teacher of all steps where the original is: a .gguf file is converted once, by the first step."""
+    if cfg.teacher.path is not None:
+        return cfg.teacher.path
+    converted = Path(cfg.run.dir) / next(iter(cfg.family.steps)) / "source"
+    return str(converted) if locate(cfg.model.path, "model.path").endswith(".gguf") else cfg.model.path
+
+
+def check_sizes(target: Target, sizes: dict[str, int]) -> None:
+    """Refuse whole numbers that are larger than an earlier step's, or all the same; `sizes` are these, and are brought up to date.
+
+    Where the first model's own sizes are not known before it is fetched or converted, no more can be told.
+    """
+    asked = {field.name: getattr(target, field.name) for field in dataclasses.fields(target) if field.default is None}
+    cuts = {name: size for name, size in asked.items() if size is not None}
+    for name, size in cuts.items():
+        if isinstance(size, int) and size > sizes.get(name, size):
+            raise refuse(f"target.{name}", size, f"the model before has {sizes[name]}: pruning can only make it smaller")
+    if cuts and all(sizes.get(name) == size for name, size in cuts.items()):
+        name, size = next(iter(cuts.items()))
+        raise refuse(f"target.{name}", size, "nothing to prune: the model before has these sizes already")
+    sizes.update({name: size for name, size in cuts.items() if isinstance(size, int)})
+
+
+def relations(cfg: Config, number: int) -> tuple[str, str]:
+    """What the model of a step is cut from and taught by, by name."""
+    before = ORIGINAL if number == 0 else list(cfg.family.steps)[number - 1]
+    if cfg.distill.loss == "none":
+        return before, "nobody"
+    if number and cfg.family.teacher == "previous":
+        return before, before
+    return before, ORIGINAL if cfg.teacher.path is None else cfg.teacher.path
+
+
+def members(cfg: Config) -> list[Member]:
+    """The original and every model that is finished."""
+    folder, names = Path(cfg.run.dir), list(cfg.family.steps)
+    made = [member(name, folder / name, *relations(cfg, number)) for number, name in enumerate(names)]
+    known = made[0] is not None and cfg.teacher.path is None
+    return [original(cfg.model.path, folder / names[0], known), *(one for one in made if one is not None)]
