@@ -380,9 +380,7 @@ class Search:
         [50, 100, 200, 400], "steps of distillation after which candidates are compared; only search.survive of them go on to the next", least=1
     )
     survive: float = setting(0.5, "share of the candidates that goes on from a rung, at least two of them", above=0, most=1)
-    settled: int = setting(
-        2, "rungs in a row with one and the same order of all that came to the last of them, after which the search ends (0: never early)", least=0
-    )
+    settled: int = setting(2, "rungs in a row with one order of all that came to the last of them, after which the search ends (0: never)", least=0)
     seeds: int = setting(1, "orders of the training data that each candidate is distilled on; its loss is their mean", least=1)
     together: int | None = setting(None, "candidates trained at the same time, sharing the teacher's passes (null: as many as memory holds)", least=1)
 
