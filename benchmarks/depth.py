@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import ROOT, arguments, publish
@@ -21,15 +22,15 @@ from minitron.importance.depth import losses_without, runs_of
 from minitron.session import session
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long it takes, what was queued on a GPU included."""
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """How many seconds it takes, what was queued on a GPU included, and what comes of it."""
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     clock = time.process_time if alone else time.perf_counter
     started = clock()
-    action()
+    found = action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return clock() - started
+    return clock() - started, found
 
 
 def evaluations(model: engine.Model, sequences: int, action: Callable[[], object]) -> int:
@@ -73,15 +74,19 @@ def measured(dtype: str, length: int, microbatches: int, settings: list[str], sc
         def walk(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
             return losses_without(model, [batch], world, [length])[length]
 
-        ways: dict[str, Callable[[tuple[torch.Tensor, torch.Tensor]], object]] = {
+        ways: dict[str, Callable[[tuple[torch.Tensor, torch.Tensor]], Any]] = {
             f"{len(runs)} full passes": lambda batch: [full_pass(batch) for _ in runs],
             "full passes, each without its layers": naive,
             "one walk": walk,
         }
         full_pass(batches[0])
-        worst = float((walk(batches[0]) / torch.tensor(naive(batches[0])) - 1).abs().max())
-        turns = [[seconds(lambda way=way, batch=batch: way(batch)) for way in ways.values()] for batch in batches]
-        counts = [evaluations(model, sequences, lambda way=way: way(batches[0])) for way in ways.values()]
+        turns, worst = [], 0.0
+        for batch in batches:
+            done = [timed(lambda way=way, batch=batch: way(batch)) for way in ways.values()]
+            turns.append([took for took, _ in done])
+            worst = max(worst, float((done[2][1] / torch.tensor(done[1][1]) - 1).abs().max()))
+        short = (batches[0][0][:, :17], valid)
+        counts = [evaluations(model, sequences, lambda way=way: way(short)) for way in ways.values()]
     rows = []
     for number, (name, count) in enumerate(zip(ways, counts, strict=True)):
         share = statistics.median(turn[number] / turn[0] for turn in turns)

@@ -202,6 +202,6 @@ def test_yaml_that_is_no_config_is_refused(text):
         build.from_yaml(text)
 
 
-@pytest.mark.parametrize(("given", "lengths"), [(None, []), (8, [8]), ([4, 1, 4], [1, 4])])
-def test_runs_of_layers_are_of_one_length_or_several(given, lengths):
-    assert build(Config, {"calibrate": {"skip_layers": given}}).calibrate.skip_lengths == lengths
+@pytest.mark.parametrize(("asked", "lengths"), [(None, []), (8, [8]), ([4, 1, 4], [1, 4])])
+def test_runs_of_layers_are_of_one_length_or_several(asked, lengths):
+    assert build.build(Config, {"calibrate": {"skip_layers": asked}}).calibrate.skip_lengths == lengths
