@@ -101,6 +101,7 @@ VERBS: dict[str, Verb] = {
 
 # settings that not every verb with their group reads: those that do
 READERS = {
+    "model.shape": ("plan",),
     "run.checkpoint": ("compress", "family", "evaluate", "export"),
     "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
 }
