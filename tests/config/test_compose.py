@@ -1,6 +1,7 @@
 """Composition: defaults, the files under configs/, the command line."""
 
 import dataclasses
+import shlex
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -11,6 +12,7 @@ from minitron.config.compose import choices, compose, configs_dir, from_yaml, to
 from minitron.config.schema import Config
 from minitron.config.verbs import VERBS
 from minitron.errors import RequestError
+from minitron.stages.family import settings_of
 
 RECIPES = sorted(choices("recipe"))
 SMOL = "recipe=smollm2_135m_to_100m"
@@ -66,8 +68,12 @@ def test_values_may_hold_blends_and_refer_to_other_settings():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_complete_but_for_the_users_own_text(recipe):
-    without_files = compose("plan", [f"recipe={recipe}"]).model.path == "???"
-    config = compose("compress", [f"recipe={recipe}", "data.train=text.jsonl", *(["model.path=folder"] if without_files else [])])
+    given = compose("family", [f"recipe={recipe}"], complete=False)
+    without_files = given.model.path == "???"
+    config = compose(
+        "family" if given.family.steps else "compress",
+        [f"recipe={recipe}", "data.train=text.jsonl", *(["model.path=folder"] if without_files else [])],
+    )
     assert config.run.dir == f"runs/{recipe}"
     assert choices("recipe")[recipe], "the comment that opens the file is what --help shows"
 
@@ -77,6 +83,15 @@ def test_the_two_laptop_recipes_differ_in_the_target_alone():
     assert dataclasses.replace(width, run=depth.run, target=depth.target) == depth
     assert (width.target.hidden_size, width.target.ffn_hidden_size, width.target.num_layers) == (512, 1152, None)
     assert (depth.target.hidden_size, depth.target.ffn_hidden_size, depth.target.num_layers) == (None, None, 22)
+
+
+def test_a_familys_recipe_has_the_published_sizes():
+    family = compose("family", ["recipe=nemotron4_15b_family", "model.path=folder", "data.train=text.jsonl", "run.dir=runs/f"])
+    eight, four = (settings_of(family, name, shlex.split(text)) for name, text in family.family.steps.items())
+    assert (eight.target.hidden_size, eight.target.ffn_hidden_size, eight.target.num_attention_heads) == (4096, 16384, None)
+    assert (four.target.hidden_size, four.target.ffn_hidden_size, four.target.num_attention_heads) == (3072, 9216, 24)
+    assert (four.model.path, four.teacher.path) == ("runs/f/minitron_8b/hf", "folder")
+    assert dataclasses.replace(four, run=eight.run, model=eight.model, teacher=eight.teacher, target=eight.target) == eight
 
 
 def test_the_published_llama_settings():
