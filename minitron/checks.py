@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron.arch.arch import Arch
-from minitron.config.schema import MISSING, Config, Distill
+from minitron.config.schema import Config, Distill
+from minitron.config.setting import MISSING
 from minitron.config.verbs import VERBS, groups_of
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest

@@ -27,7 +27,8 @@ from minitron.checks import (
     searches,
     training_remarks,
 )
-from minitron.config.schema import MISSING, Config
+from minitron.config.schema import Config
+from minitron.config.setting import MISSING
 from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.distillation.cache import Description, settled

@@ -193,12 +193,15 @@ def test_a_folder_is_named_by_its_setting(tmp_path):
 def test_a_lock_ends_with_its_command(tmp_path):
     """However that ends, whatever file it leaves, and whatever children it forked that live on."""
     waiting, go_on = os.pipe()
+    born, tell = os.pipe()
     command = os.fork()
     if not command:
         os.close(go_on)
         with locked(tmp_path):
             if os.fork():
+                os.read(born, 1)
                 os._exit(0)  # as if killed
+            os.write(tell, b"!")
             os.read(waiting, 1)  # until the end of this test
             os._exit(0)
     try:
@@ -207,7 +210,8 @@ def test_a_lock_ends_with_its_command(tmp_path):
         with locked(tmp_path):
             assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     finally:
-        os.close(go_on)
+        for end in (go_on, born, tell):
+            os.close(end)
 
 
 def test_errors_inside_the_lock_pass_as_they_are(tmp_path):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from minitron.config import schema
-from minitron.config.schema import MISSING, Config
+from minitron.config.schema import Config
+from minitron.config.setting import MISSING, check
 from minitron.errors import RequestError, refuse
 
 Group = TypeVar("Group")
@@ -68,7 +68,7 @@ def build(group: type[Group], tree: Any, prefix: str = "") -> Group:
     for field in dataclasses.fields(group):  # type: ignore[arg-type]
         missing = field.default if field.default_factory is dataclasses.MISSING else None
         object.__setattr__(unchecked, field.name, values.get(field.name, missing))
-    schema.check(unchecked, prefix)
+    check(unchecked, prefix)
     return group(**values)
 
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minitron.config.schema import MISSING
+from minitron.config.setting import MISSING
 from minitron.errors import RequestError, refuse
 from minitron.packages import PREFIX, resolve_package
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.config.schema import MISSING, Config
+from minitron.config.schema import Config
+from minitron.config.setting import MISSING
 from minitron.errors import refuse
 from minitron.files import read_json, write_json
 from minitron.search.budget import Measure

@@ -6,7 +6,8 @@ from pathlib import Path
 from minitron.arch.arch import Arch
 from minitron.arch.counts import costs
 from minitron.arch.families import from_hf
-from minitron.config.schema import MISSING, Config
+from minitron.config.schema import Config
+from minitron.config.setting import MISSING
 from minitron.files import write_json
 from minitron.pruning.target import check_layout, check_smaller, target_arch
 from minitron.record import RECORD, own
