@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from minitron.arch import Arch
 from minitron.arch.axes import dim_size, parameters
@@ -192,6 +192,9 @@ def hidden_curve(scores: Floats, kept: Units | None) -> Picture:
             xlim=(0.5, len(ordered) + 0.5), yscale="log" if log else "linear", xlabel="channel, by rank", ylabel="score (log)" if log else "score"
         )
         axes.set_ylim(bottom=low)
+        if log:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if ordered[0] > 1000 * ordered[-1] else (1.0, 2.0, 5.0)))
+            axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     share = "" if kept is None else " All were kept."

@@ -71,6 +71,13 @@ def test_which_pictures_there_are_depends_on_what_was_pruned(run_dir, every_axis
     assert titles(every_axis_run_dir) == ["Hidden channels", "Layers", "Scores by layer", "MLP neurons", "Attention heads", "KV groups"]
 
 
+@pytest.mark.parametrize("most", [25.0, 900.0, 1e6])
+def test_figures_of_a_log_axis_are_plain_and_several(most):
+    svg = pictures.hidden_curve(np.geomspace(30.0, 30.0 * most, 64), None).svg
+    figures = re.findall(r"<text[^>]*>([0-9][^<]*)</text>", svg.split("score (log)")[0].split("channel, by rank")[1])
+    assert len(figures) >= 3 and all(float(figure) >= 24 for figure in figures) and "math" not in svg
+
+
 def test_scores_by_layer_are_told_against_their_mean(every_axis_run_dir):
     run = read_run(every_axis_run_dir)
     means = [run.importance[f"ffn.{layer}"].mean() for layer in range(30)]
