@@ -88,8 +88,8 @@ def cut(world, folder, text, out, criterion="activation"):
     opened = Session(cfg, "prune", world, out)
     opened.__dict__["data"] = Text(text)  # in the place of the cached property
     arch = opened.source.arch
-    scores = importance(opened, arch, opened.load_source, None)
-    pruned, keep = prune.cut(opened, scores, way(arch, target_arch(arch, TARGET, layout), ROUNDS))
+    scores = importance(opened, arch, opened.load_source, [])
+    pruned, keep = prune.cut(opened, TARGET, scores, way(arch, target_arch(arch, TARGET, layout), ROUNDS))
     export(pruned, world, opened.source.config, folder, out / "hf", torch.float32)
     return keep, whole_logits(pruned, tokens_of(61, 2, 12), world), pruned.arch
 
@@ -221,8 +221,8 @@ def test_layers_by_loss_need_what_the_first_round_drops(folder):
     arch = open_folder(folder, "model.path").arch
     target = Target(num_layers=2, rounds=2, layers_by="block")
     with pytest.raises(RequestError, match=r"calibrate\.skip_layers=2 is needed with it"):
-        check_ways(arch, target_arch(arch, target, Parallel()), target, 4)
-    check_ways(arch, target_arch(arch, target, Parallel()), target, 2)
+        check_ways(arch, target_arch(arch, target, Parallel()), target, [4])
+    check_ways(arch, target_arch(arch, target, Parallel()), target, [2, 4])
 
 
 def test_magnitudes_of_a_cut_model_are_in_ascending_order(folder, alone):
