@@ -65,9 +65,10 @@ def show_family(folder: Path, console: Console | None = None) -> None:
     console, found = console or Console(), read_family(folder)
     console.print()
     console.print(fitting((_table(found, LEFT_OUT[:count]) for count in range(len(LEFT_OUT) + 1)), console))
+    width = max(len(one.name) for one in found)
     for one in found[1:]:
         run = Path(one.path).parent
-        console.print(Text.assemble((f" {one.name:<8} ", "dim"), f"{run}: {run / 'report.html'}, {one.path}"), soft_wrap=True, highlight=False)
+        console.print(Text.assemble((f" {one.name:<{width}} ", "dim"), f"{run}: {run / 'report.html'}, {one.path}"), soft_wrap=True, highlight=False)
 
 
 def _table(found: list[Member], left_out: tuple[str, ...]) -> Table:
