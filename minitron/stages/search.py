@@ -110,7 +110,8 @@ def begun(opened: Session, key: str) -> Results | None:
 def found(opened: Session) -> Results:
     """The candidates, nothing known of them yet."""
     cfg, arch = opened.cfg, opened.source.arch
-    measure = measured(arch, cfg, opened.world, opened.spec(), opened.folder)
+    shown = cfg.logging.progress and opened.world.is_main
+    measure = measured(arch, cfg, opened.world, opened.spec(), opened.folder, lambda total: progress("latency of sizes", total, shown))
     within = find(arch, cfg.search, cfg.parallel, cfg.dtype, measure)
     return Results(arch, dataclasses.asdict(cfg.search), within.grid, within.fell, within.candidates)
 
