@@ -9,8 +9,18 @@ stage() {
     minitron "$@"
 }
 
+# whether the settings name a budget, which search finds sizes for, and not the sizes themselves
+has_budget() {
+    local settings
+    settings=$(minitron search "$@" --cfg) || exit
+    grep -Eq '^  (params|non_embedding_params|active_params|memory_gb|gflops_per_token|latency_ms): [0-9]' <<<"$settings"
+}
+
 stage data "$@"       # text -> tokens
 stage calibrate "$@"  # forward passes -> importance of every unit
+if has_budget "$@"; then
+    stage search "$@" # importance + budget -> the sizes that prune takes
+fi
 stage prune "$@"      # importance + target -> the smaller model
 stage distill "$@"    # retrain it on the teacher's predictions
 stage evaluate "$@"   # loss and perplexity of teacher, pruned model, student: prints the table of results
