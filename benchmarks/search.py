@@ -29,13 +29,27 @@ from minitron.stages import calibrate, distill, prune, search
 RECIPE = ["recipe=smollm2_135m_search_100m", "logging.progress=false"]
 
 
-def climbed(cfg: Config) -> tuple[Results, float]:
+Seconds = tuple[float, float]  # by the clock, and of the processor, which other work on the machine changes less
+
+
+def now() -> Seconds:
+    """This moment."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds, before: Seconds = (0.0, 0.0)) -> Seconds:
+    """What has passed, on top of `before`."""
+    wall, processor = now()
+    return before[0] + wall - start[0], before[1] + processor - start[1]
+
+
+def climbed(cfg: Config) -> tuple[Results, Seconds]:
     """What the ladder found, and the seconds that it took. Tokens and scores stay in run.dir for the others."""
     with session(cfg, "search") as opened:
         calibrated(opened)
-        started = time.perf_counter()
+        started = now()
         search.work(opened)
-        return Results.load(opened.folder), time.perf_counter() - started
+        return Results.load(opened.folder), since(started)
 
 
 def calibrated(opened: Any) -> None:
@@ -45,7 +59,7 @@ def calibrated(opened: Any) -> None:
         calibrate.work(opened)
 
 
-def alone(cfg: Config, candidate: Candidate, folder: Path) -> tuple[float, float]:
+def alone(cfg: Config, candidate: Candidate, folder: Path) -> tuple[float, Seconds]:
     """(held-out loss after the last rung's steps, seconds) of a candidate that is cut and distilled by itself, from run.dir's tokens and scores."""
     made = Path(cfg.run.dir)
     folder.mkdir()
@@ -63,14 +77,14 @@ def alone(cfg: Config, candidate: Candidate, folder: Path) -> tuple[float, float
         search=Search(),
         train=dataclasses.replace(cfg.train, steps=last, eval_interval=last, save_interval=last, eval_tokens=cfg.search.tokens),
     )
-    seconds = 0.0
+    seconds = (0.0, 0.0)
     for verb, work in (("prune", prune.work), ("distill", distill.work)):
         with session(mine, verb) as opened:
             if verb == "distill":
                 opened.data  # noqa: B018 -- found as it is
-            started = time.perf_counter()
+            started = now()
             work(opened)
-            seconds += time.perf_counter() - started
+            seconds = since(started, seconds)
     loss = read_metrics(folder / "metrics.jsonl")[-1]["valid_loss"]
     shutil.rmtree(folder)
     return loss, seconds
@@ -91,7 +105,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_args()
     losses: dict[str, list[float]] = {}
-    spent, taken = {}, 0.0
+    spent: dict[str, Seconds] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, seed in enumerate(options.seeds):
             cfg = compose("search", [*RECIPE, *options.overrides, f"seed={seed}", f'run.dir="{scratch}/{seed}"'])
@@ -106,8 +120,9 @@ def main() -> None:
             for name in todo:
                 loss, seconds = alone(cfg, results.candidate(name), Path(scratch) / "alone")
                 losses.setdefault(name, []).append(loss)
-                spent.update({name: seconds} if number == 0 else {})
-                print(f"seed {seed}  {name}  {loss:.4f}  {seconds:.0f} s", flush=True)
+                if number == 0:
+                    spent[name] = seconds
+                print(f"seed {seed}  {name}  {loss:.4f}  {seconds[0]:.0f} s", flush=True)
     rows = []
     for name in sorted(losses, key=lambda name: losses[name][0]):
         candidate, what = results.candidate(name), ", ".join(role for role, its in three.items() if its == name)
@@ -117,12 +132,13 @@ def main() -> None:
         rows.append((name, what, candidate.costs["params"] / 1e6, first, ladder, losses[name][0], *rest))
     columns = {"candidate": "<", "": "<", "M": ".1f", "as cut": ".3f", "in the ladder": ".4f",
                **{f"alone, seed {seed}": ".4f" for seed in options.seeds}}  # fmt: skip
-    apart = sum(spent[name] for name in finalists)
+    apart = [sum(spent[name][clock] for name in finalists) for clock in (0, 1)]
     winner = min(finalists, key=lambda name: losses[name][0])
     notes = [
         f"{len(results.candidates)} candidates of a grid of {results.grid}; {len(finalists)} finalists; rungs after {cfg.search.rungs} steps "
         f"of {cfg.train.global_batch_size * cfg.train.seq_length:,} tokens; {cfg.dtype}; nats per token on {cfg.search.tokens:,} held-out tokens",
-        f"the ladder took {taken:.0f} s, the {len(finalists)} separate distillations {apart:.0f} s: ratio {taken / apart:.2f}; "
+        f"the ladder took {taken[0]:.0f} s, the {len(finalists)} separate distillations {apart[0]:.0f} s: ratio {taken[0] / apart[0]:.2f}; by "
+        f"processor time {taken[1]:.0f} and {apart[1]:.0f} s: ratio {taken[1] / apart[1]:.2f}",
         f"it chose {results.chosen}, and {winner} is the best of those distilled separately with its seed",
         "Kendall's tau from rung to rung: " + ", ".join("–" if rung.tau is None else f"{rung.tau:.2f}" for rung in results.rungs[1:]),
     ]
