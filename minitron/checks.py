@@ -171,12 +171,16 @@ def check_lengths(cfg: Config, verb: str) -> None:
     layout = cfg.parallel
     replicas = int(os.environ.get("WORLD_SIZE", "1")) // (layout.tp * layout.pp * layout.cp)
     ways = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
-    for reading in readings(cfg, verb):
-        if reading.seq_length % ways:
+    shared = [(reading.length, reading.seq_length) for reading in readings(cfg, verb)]
+    if searches(cfg, verb) and cfg.search.latency_ms is not None:
+        shared.append(("search.seq_length", cfg.search.seq_length))
+    for name, length in shared:
+        if length % ways:
             allowed = (
                 f"must be divisible by {ways}: 2 x parallel.cp={layout.cp} where that is above 1, times parallel.tp={layout.tp} with parallel.sp"
             )
-            raise refuse(reading.length, reading.seq_length, allowed)
+            raise refuse(name, length, allowed)
+    for reading in readings(cfg, verb):
         if reading.limit_tokens is not None and reading.limit_tokens < reading.seq_length:
             raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")
         if reading.windows is not None and reading.windows < replicas:

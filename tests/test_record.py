@@ -8,7 +8,7 @@ import re
 import pytest
 
 from minitron.config.build import build, from_yaml
-from minitron.config.schema import Config
+from minitron.config.schema import Config, Model
 from minitron.engine.verified import mark
 from minitron.errors import RequestError
 from minitron.files import write_json
@@ -285,3 +285,8 @@ def test_what_an_evaluation_of_an_earlier_version_noted_of_the_training_is_passe
     noted = settings_of(config(train={"seq_length": 64}), "evaluate", free=True)
     assert [name for name in noted if name.startswith("train.")] == ["train.seq_length"]
     assert made_with({"settings": {**noted, "train.lr": 0.1}}, "evaluate") == noted
+
+
+def test_sizes_that_plan_alone_reads_bind_nothing():
+    shaped = dataclasses.replace(Config(), model=Model(path="x", shape={"hidden_size": 8}))
+    assert not [name for name in settings_of(shaped, "calibrate", free=True) if name.startswith("model.shape")]

@@ -113,7 +113,8 @@ def reads(verb: str, setting: str) -> bool:
     """Whether a verb has any use for a setting, by its full name."""
     group = setting.split(".")[0]
     alone = READ_ALONE.get((verb, group), (setting,))
-    return group in VERBS[verb].groups and verb in READERS.get(setting, VERBS) and setting in alone
+    readers = next((verbs for name, verbs in READERS.items() if f"{setting}.".startswith(f"{name}.")), VERBS)  # model.shape has names below it
+    return group in VERBS[verb].groups and verb in readers and setting in alone
 
 
 def measures_again(rounds: int, criterion: str) -> bool:

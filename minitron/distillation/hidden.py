@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from minitron import engine
 from minitron.arch.arch import Arch
@@ -83,23 +84,21 @@ def stage_with(point: int, model: engine.Model, world: engine.World) -> int:
     return stage_of(point - 1, model.arch.num_layers, world.pp, world.vpp) if point else 0
 
 
-def hook_points(model: engine.Model, hooks: Sequence[tuple[int, Callable[[Tensor], Tensor | None]]]) -> None:
+def hook_points(model: engine.Model, hooks: Sequence[tuple[int, Callable[[Tensor], Tensor | None]]]) -> list[RemovableHandle]:
     """Call each hook with the hidden states of its point, where this rank has them; what it returns, if anything, takes their place."""
     modules = {number + 1: block for number, block in model.blocks()}
     if model.chunks[0].pre_process:
         modules[0] = model.chunks[0].embedding
 
-    def on(module: torch.nn.Module, hook: Callable[[Tensor], Tensor | None]) -> None:
+    def on(module: torch.nn.Module, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         def replace(module: Any, args: Any, output: Any) -> Any:
             first, *rest = output if isinstance(output, tuple) else (output,)
             changed = hook(first)
             return None if changed is None else (changed, *rest) if isinstance(output, tuple) else changed
 
-        module.register_forward_hook(replace)
+        return module.register_forward_hook(replace)
 
-    for point, hook in hooks:
-        if point in modules:
-            on(modules[point], hook)
+    return [on(modules[point], hook) for point, hook in hooks if point in modules]
 
 
 class TeacherStates:
@@ -113,7 +112,13 @@ class TeacherStates:
         self.current: int | None = None
         self.states: dict[tuple[int, int], Tensor] = {}  # (microbatch, number of the pair)
         self.routes = [(stage_with(pair.teacher, teacher, world), stage_with(pair.student, student, world)) for pair in pairs]
-        hook_points(teacher, [(pair.teacher, self._keeper(index)) for index, pair in enumerate(pairs)])
+        self.handles = hook_points(teacher, [(pair.teacher, self._keeper(index)) for index, pair in enumerate(pairs)])
+
+    def close(self) -> None:
+        """The teacher stays without it."""
+        for handle in self.handles:
+            handle.remove()
+        self.states.clear()
 
     def begin(self, microbatch: int | None) -> None:
         """As `engine.Watch` says."""

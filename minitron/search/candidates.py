@@ -49,6 +49,7 @@ class Rung:
     tau: float | None = None
     seed_tau: float | None = None
     seconds: float = 0.0
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)  # candidates whose training came to no loss, and why
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from minitron.arch.arch import Arch
 from minitron.calibration import importance
 from minitron.config.schema import Config, Target
 from minitron.config.verbs import groups_of
-from minitron.files import write_json
+from minitron.errors import refuse
+from minitron.files import read_json, write_json
 from minitron.importance.scores import FILE as SCORES
 from minitron.importance.scores import Scores
 from minitron.pruning.keep import FILE as KEEP
@@ -17,6 +18,7 @@ from minitron.pruning.keep import Keep, select, skipped_at_a_time
 from minitron.pruning.reslice import reslice
 from minitron.pruning.rounds import both, way
 from minitron.pruning.target import target_arch
+from minitron.record import RECORD
 from minitron.reporting.console import say
 from minitron.reporting.wording import changes, percent, size
 from minitron.search.candidates import wanted
@@ -32,7 +34,7 @@ def run(cfg: Config) -> None:
 def work(opened: Session) -> None:
     """Writes run.dir/keep.safetensors, arch.json and the pruned model's shards."""
     original = opened.source.arch
-    wish = engine.on_main(opened.world, lambda: wanted(opened.cfg))
+    wish = engine.on_main(opened.world, lambda: sizes(opened))
     target = target_arch(original, wish, opened.cfg.parallel)
     scores = engine.on_main(opened.world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), original, opened.source.fingerprint()))
     if "data" in groups_of("prune", opened.cfg):
@@ -51,6 +53,15 @@ def work(opened: Session) -> None:
         before, after = original.num_parameters(), target.num_parameters()
         say(f"{size(before)} -> {size(after)} parameters ({percent(after / before)} kept)")
         say(", ".join(changes(original, target)) or "no size is smaller than the original's")
+
+
+def sizes(opened: Session) -> Target:
+    """What the model is cut to. Raises RequestError where a search chose it by what is not there any more."""
+    found = wanted(opened.cfg)
+    if not opened.cfg.target.sizes and not read_json(opened.folder / RECORD).get("search", {}).get("done"):
+        again = "what minitron search chose is of before something that it reads was made anew: search again, or give sizes under target"
+        raise refuse("target.num_layers", None, again)
+    return found
 
 
 def cut(opened: Session, settings: Target, scores: dict[str, torch.Tensor], targets: list[Arch]) -> tuple[engine.Model, Keep]:

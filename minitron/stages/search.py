@@ -65,8 +65,8 @@ def work(opened: Session) -> None:
     def note() -> None:
         if not results.rungs:
             remove(opened.folder / FOLDER)
-            write_text(opened.folder / FOLDER / KEY, key + "\n")
         results.save(opened.folder)
+        write_text(opened.folder / FOLDER / KEY, key + "\n")  # last: with it, candidates.json is this search's
 
     engine.on_main(world, note)
     if world.is_main:
@@ -75,8 +75,8 @@ def work(opened: Session) -> None:
     for steps in (0, *opened.cfg.search.rungs):
         if ladder.results.chosen is None:
             ladder.climb(steps)
-    engine.on_main(world, lambda: remove(opened.folder / FOLDER))
     opened.mark("search", done=True)
+    engine.on_main(world, lambda: remove(opened.folder / FOLDER))
     if world.is_main:
         show_search(ladder.results)
     check_latency(opened, ladder.results)
@@ -94,8 +94,10 @@ def check_latency(opened: Session, results: Results) -> None:
 
 
 def key_of(opened: Session) -> str:
-    """What a search goes on from is another's as soon as this differs: settings, model, text, scores."""
-    made = [settings_of(opened.cfg, "search", free=True), opened.inputs("search"), sha256(opened.folder / SCORES)]
+    """A search goes on from another than this as soon as it differs: settings, model, text, scores; of measured times also what measured them."""
+    made: list[Any] = [settings_of(opened.cfg, "search", free=True), opened.inputs("search"), sha256(opened.folder / SCORES)]
+    if opened.cfg.search.latency_ms is not None:
+        made.append([dataclasses.asdict(opened.cfg.parallel), opened.world.device.type, opened.spec()])
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
@@ -124,10 +126,14 @@ class Student:
     task: engine.Task
     checkpoints: engine.Checkpoints
     hidden: HiddenLoss | None
-    saved: int  # the step of its checkpoint
+    saved: int  # the step of the checkpoint that was begun last
 
     def save(self, final: bool = False) -> None:
         """Have a checkpoint of the step that it is at. One that is not `final` may fail: what was there before stays."""
+        world = self.trainer.world
+        if final:  # what was begun may have failed
+            self.checkpoints.wait(world)
+            self.saved = engine.on_main(world, self.checkpoints.latest) or 0
         if self.saved != self.trainer.step:
             self.trainer.settle()
             self.checkpoints.save(self.trainer, final=final)
@@ -174,10 +180,12 @@ class Ladder:
 
     def _train(self, names: list[str], steps: int) -> None:
         """Train them to the rung, as many at a time as there is room for, and measure them; they stay in memory where all have room."""
-        losses, seeds = self.results.rungs[-1].losses, self.search.seeds
+        losses, lost, seeds = self.results.rungs[-1].losses, self.results.rungs[-1].lost, self.search.seeds
+        if steps == self.search.rungs[0] and self.source is None:
+            self.source = self.opened.load_source()  # of a search that was broken off: it takes its room before students do
         stay = len(names) * seeds <= self._room
         for number in range(seeds):
-            todo = [name for name in names if len(losses.get(name, [])) <= number]
+            todo = [name for name in names if name not in lost and len(losses.get(name, [])) <= number]
             for first in range(0, len(todo), self._room):
                 self._train_together(todo[first : first + self._room], number, steps)
                 if not stay:
@@ -190,9 +198,10 @@ class Ladder:
         what = f"{counted(len(names), 'candidate')} to step {steps:,}" + (f", seed {number + 1}" if self.search.seeds > 1 else "")
         with self._bar(what, steps * len(names), sum(done)) as self.advance, stop_on_signal(self.world) as stop_requested:
             for step in range(min(done), steps):
-                for name, student in students.items():
-                    if student.trainer.step == step:
-                        self._step(name, student)
+                for name, student in [*students.items()]:
+                    if student.trainer.step == step and (fault := self._step(name, student)):
+                        self._lose(name, number, fault)
+                        del students[name]
                 self._teacher.forget()
                 if stop_requested():
                     self._stop(step + 1)
@@ -200,12 +209,24 @@ class Ladder:
             student.trainer.settle()
             self._measure(name, student.trainer.model)
 
-    def _step(self, name: str, student: Student) -> None:
+    def _step(self, name: str, student: Student) -> str | None:
+        """One step of a student; in words why it is to be its last, if it is."""
+        trainer, task = student.trainer, student.task
         try:
-            metrics = engine.take_step(student.trainer, student.task, student.checkpoints)
-            engine.tell(student.trainer, student.task, metrics, student.checkpoints)
+            engine.report(task, engine.take_step(trainer, task, student.checkpoints), self.world)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
+        return trainer.guard.verdict(trainer.step, task.source(trainer.step - 1))
+
+    def _lose(self, name: str, number: int, fault: str) -> None:
+        """A candidate whose training came to nothing is out, and the others go on."""
+        rung = self.results.rungs[-1]
+        rung.losses.pop(name, None)
+        rung.lost[name] = fault
+        self._write()
+        self._close([(name, number)])
+        if self.world.is_main:
+            say(f"{name} is out: {fault}")
 
     def _stop(self, step: int) -> None:
         for student in self.students.values():
@@ -224,6 +245,8 @@ class Ladder:
         rungs, search = self.results.rungs, self.search
         rung = rungs[-1]
         losses = mean_losses(rung)
+        if not losses:
+            raise RequestError(f"search.rungs={search.rungs}: no candidate came to step {rung.steps:,}; {next(iter(rung.lost.values()))}")
         count = survivors(len(names), search.survive) if rung.steps else search.finalists
         tau = kendall_tau(losses, mean_losses(rungs[-2])) if rung.steps else None
         rungs[-1] = rung = dataclasses.replace(rung, stayed=ranking(rung)[:count], tau=tau, seed_tau=tau_between_seeds(rung.losses))
@@ -302,10 +325,10 @@ class Ladder:
         trial, microbatches = self._trial(number)
         world, cfg = trial.world, trial.cfg
         checkpoints = engine.Checkpoints(self._folder(name, number), keep_last=1)
-        if engine.on_main(world, checkpoints.latest) is None:
-            model = self._cut(name)
-        else:
+        if self._is_begun(checkpoints):
             model = engine.empty_model(self.shapes[name], world, trial.dtype, trial.spec(), cfg.train.recompute)
+        else:
+            model = self._cut(name)
         hidden = hidden_loss(trial, model)
         trainer = engine.Trainer(model, cfg.train, world, {"hidden": hidden} if hidden else {})
         checkpoints.resume(trainer)
@@ -321,6 +344,17 @@ class Ladder:
         self.students[name, number] = Student(trainer, task, checkpoints, hidden, trainer.step)
         return self.students[name, number]
 
+    def _is_begun(self, checkpoints: engine.Checkpoints) -> bool:
+        """Whether a student has a checkpoint to go on from; one that is damaged is removed, and the student begins anew."""
+        try:
+            return checkpoints.choose("last", self.world) is not None
+        except RequestError as error:
+            if self.world.is_main:
+                say(f"{error}; this candidate begins anew")
+            engine.on_main(self.world, lambda: remove(checkpoints.folder))
+            checkpoints.damaged.clear()
+            return False
+
     def _put_away(self, final: bool) -> None:
         """Make room for others; students that have steps to come are saved."""
         for student in self.students.values() if final else ():
@@ -330,7 +364,9 @@ class Ladder:
     def _close(self, which: list[tuple[str, int]]) -> None:
         for one in which:
             student = self.students.pop(one)
+            student.checkpoints.drop()  # nothing writes or removes there any more
             student.trainer.close()
             if student.hidden:
                 self._teacher.watches.all.remove(student.hidden.teacher_states)
+                student.hidden.teacher_states.close()
         gc.collect()  # a trainer and its model hold each other

@@ -108,7 +108,7 @@ def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", stepping_rename)
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4, 7, 12])
+@pytest.mark.parametrize("moment", [3, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (1, 4, 7, 12))])
 def test_killed_again_and_again_gives_what_an_unbroken_run_gives(
     moment: int, data: Data, unbroken: dict[str, bytes], tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

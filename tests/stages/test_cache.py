@@ -145,6 +145,7 @@ def lose_after(step, folder):
     Trainer.update = updating
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_lost_or_replaced_in_mid_training(run, cached, settings, tmp_path):
     """Lost, the steps that were done are saved; another one in its place is refused; the same, in other files, is gone on with."""
     few = "teacher.cache.samples_per_file=8"  # a step's

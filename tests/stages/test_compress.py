@@ -255,6 +255,7 @@ def test_a_teacher_in_another_layout_trains_and_scores_the_same(finished, settin
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_two_tensor_ranks_under_torchrun_make_the_same(finished, settings, tmp_path):
     run = tmp_path / "run"

@@ -239,3 +239,51 @@ def test_another_budget_is_searched_anew_until_something_is_trained(calibrated, 
     results = Results.load(run)
     assert (results.settings["params"], results.rungs[-1].steps) == (180e3, 0)  # one finalist needs no training
     assert abs(results.candidate(results.chosen).costs["params"] / 180e3 - 1) <= 0.05
+    record = json.loads((run / "stages.json").read_text())
+    record["search"]["done"] = False  # as when its scores were measured anew
+    (run / "stages.json").write_text(json.dumps(record))
+    stale = minitron(
+        tmp_path / "log", "prune", f"run.dir={run}", *[one for one in settings if one.startswith(("model.", "device", "dtype"))], *CALIBRATE
+    )
+    assert stale.code == 2 and "search again, or give sizes under target" in stale.err and stale.err.count("\n") == 1
+
+
+def diverging():
+    """The training of whatever candidate comes first is no good from its second step on."""
+    from minitron.engine.trainer import Trainer
+
+    update, first = Trainer.update, []
+
+    def updating(self, *args):
+        line = update(self, *args)
+        first[:] = first or [self.model.arch]
+        if self.model.arch == first[0] and self.step:
+            self.guard.in_a_row, self.guard.reason = 99, "its loss was not finite"
+        return line
+
+    Trainer.update = updating
+
+
+def test_a_candidate_whose_training_comes_to_nothing_is_out(alone, calibrated, settings, tmp_path):
+    results, usual = searched(calibrated, tmp_path / "run", settings, prepare=diverging), alone[0]
+    before, first, *later = results.rungs
+    best = before.stayed[0]
+    assert "its loss was not finite" in first.lost[best] and best not in first.losses
+    assert first.losses == {name: losses for name, losses in usual.rungs[1].losses.items() if name != best}
+    assert first.stayed == sorted(first.losses, key=first.losses.get)
+    assert results.chosen in first.stayed and not any(rung.lost for rung in later)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_has_its_candidate_begin_anew(alone, calibrated, settings, tmp_path):
+    run = shutil.copytree(calibrated, tmp_path / "run")
+    with running(tmp_path / "log", "search", f"run.dir={run}", *settings, prepare=functools.partial(signalled, signal.SIGTERM, STEP, 8)) as ranks:
+        assert ranks.results(timeout=300) == [75]
+    files = [file for file in sorted(run.glob("search/*/step_*/*")) if file.stat().st_size > 1000]
+    for file in files[:2]:
+        content = bytearray(file.read_bytes())
+        content[500] ^= 1
+        file.write_bytes(content)
+    again = minitron(tmp_path / "log", "search", f"run.dir={run}", *settings)
+    assert again.code == 0 and "this candidate begins anew" in again.out
+    assert same(Results.load(run), alone[0])
