@@ -47,7 +47,7 @@ class Reading(NamedTuple):
 def readings(cfg: Config, verb: str) -> Iterator[Reading]:
     """Everything that a verb reads in windows."""
     groups = groups_of(verb, cfg)
-    if {"calibrate", "data"} <= {*groups} and cfg.calibrate.criterion == "activation":
+    if {"calibrate", "data"} <= {*groups} and verb != "search" and cfg.calibrate.criterion == "activation":
         yield Reading("calibration", "calibrate.seq_length", cfg.calibrate.seq_length, "calibrate.samples", None, cfg.calibrate.samples)
     if searches(cfg, verb):
         yield Reading("valid", "train.seq_length", cfg.train.seq_length, "search.tokens", cfg.search.tokens, None)
@@ -203,6 +203,8 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     elif "target" in groups:
         target = wanted(cfg) if verb == "prune" else cfg.target
         pruned = target_arch(arch, target, cfg.parallel, exported=verb == "compress")
+        if not cfg.target.sizes and pruned.num_layers == arch.num_layers:
+            target = dataclasses.replace(target, layers_by="bi")  # a search was told how to rank layers, and chose to cut none
         check_smaller(arch, pruned, target)
         check_rounds(arch, pruned, target, cfg.parallel)
         check_ways(arch, pruned, target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
@@ -236,12 +238,11 @@ def check_candidates(cfg: Config, arch: Arch) -> None:
     if target.merge_heads and all(shape.heads_per_group == arch.heads_per_group for shape in shapes):
         raise refuse("target.merge_heads", True, "no candidate loses query heads of a KV group; false is needed")
     depths = {shape.num_layers for shape in shapes} - {arch.num_layers}
-    if target.layers_by != "bi" and not depths:
-        raise refuse("target.layers_by", target.layers_by, "no candidate has fewer layers; bi is needed")
     needed = {skipped_at_a_time(target.layers_by, arch.num_layers, depth) for depth in depths} if target.layers_by != "bi" else set()
     if missing := sorted(needed - {*cfg.calibrate.skip_lengths}):
         raise refuse("target.layers_by", target.layers_by, f"calibrate.skip_layers with {', '.join(map(str, missing))} is needed with it")
-    check_questions(target, cfg.calibrate.choices)
+    if needed:
+        check_questions(target, cfg.calibrate.choices)
 
 
 def loads_teacher(cfg: Config, verb: str) -> bool:

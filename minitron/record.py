@@ -87,12 +87,12 @@ def is_there(folder: Path, stage: str) -> bool:
 def bound(folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The stages whose results the run stands on, each with the settings that they were made with.
 
-    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings, and so is a search
-    until something is trained that descends from it. Checkpoints are what a training continues from, so they bind it even unfinished, but for
-    ADJUSTABLE, and with it the stages that they descend from.
+    What a stage left unfinished, or what nothing follows from (an evaluation, an export), is made again with any settings. Checkpoints are what
+    a training continues from, so they bind it even unfinished, but for ADJUSTABLE, and with it the stages that they descend from. Of a search its
+    own settings bind: it is the others' that a distillation may change.
     """
     step = trained(folder)
-    if step and record.get("search", {}).get("done"):
+    if record.get("search", {}).get("done") and is_there(folder, "search"):
         yield "search", {name: value for name, value in made_with(record["search"], "search").items() if name.startswith("search.")}
     for stage in ("data", "calibrate", "prune", "distill", "train"):
         entry = record.get(stage, {"done": False, "settings": {}})

@@ -53,9 +53,10 @@ def run(cfg: Config) -> None:
 def work(opened: Session) -> None:
     """Writes run.dir/candidates.json; goes on with the candidate, or the rung, where a search of the same was broken off."""
     world, source, target = opened.world, opened.source, opened.cfg.target
+    engine.on_main(world, lambda: need(opened.folder / SCORES, "calibrate"))
     opened.data  # noqa: B018 -- before any model: a text that is too short, or that can't be used, is refused first
     opened.trial(0).training_samples  # noqa: B018
-    scores = engine.on_main(world, lambda: Scores.load(need(opened.folder / SCORES, "calibrate"), source.arch, source.fingerprint()))
+    scores = engine.on_main(world, lambda: Scores.load(opened.folder / SCORES, source.arch, source.fingerprint()))
     key = engine.on_main(world, lambda: key_of(opened))
     results = engine.on_main(world, lambda: begun(opened, key)) or found(opened)
     shapes = {one.name: target_arch(source.arch, one.target(target), opened.cfg.parallel) for one in results.candidates}
@@ -195,7 +196,10 @@ class Ladder:
         """Step by step: one run of the teacher, then each student's step. A student that was broken off before the others catches up first."""
         students = {name: self._student(name, number) for name in names}
         done = [student.trainer.step for student in students.values()]
-        what = f"{counted(len(names), 'candidate')} to step {steps:,}" + (f", seed {number + 1}" if self.search.seeds > 1 else "")
+        rungs = self.search.rungs
+        what = f"rung {rungs.index(steps) + 1} of {len(rungs)}: {counted(len(names), 'candidate')} to step {steps:,}" + (
+            f", seed {number + 1}" if self.search.seeds > 1 else ""
+        )
         with self._bar(what, steps * len(names), sum(done)) as self.advance, stop_on_signal(self.world) as stop_requested:
             for step in range(min(done), steps):
                 for name, student in [*students.items()]:

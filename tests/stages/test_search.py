@@ -231,14 +231,15 @@ def test_a_search_that_is_ended_anywhere_goes_on_to_the_same(calibrated, setting
     assert not (run / "search").exists()
 
 
-def test_another_budget_is_searched_anew_until_something_is_trained(calibrated, settings, tmp_path):
+def test_what_was_searched_for_binds_and_is_not_pruned_to_once_it_is_out_of_date(calibrated, settings, tmp_path):
     run = shutil.copytree(calibrated, tmp_path / "run")
-    short = [*settings, "search.rungs=[1]", "search.finalists=1", "search.tokens=64"]
+    short = [*settings, "search.rungs=[1]", "search.finalists=1", "search.tokens=64", "search.params=180e3"]
     assert minitron(tmp_path / "log", "search", f"run.dir={run}", *short).code == 0
-    assert minitron(tmp_path / "log", "search", f"run.dir={run}", *short, "search.params=180e3").code == 0
     results = Results.load(run)
     assert (results.settings["params"], results.rungs[-1].steps) == (180e3, 0)  # one finalist needs no training
     assert abs(results.candidate(results.chosen).costs["params"] / 180e3 - 1) <= 0.05
+    another = minitron(tmp_path / "log", "search", f"run.dir={run}", *short, "search.params=200e3")
+    assert another.code == 2 and "search was made with search.params=180000" in another.err
     record = json.loads((run / "stages.json").read_text())
     record["search"]["done"] = False  # as when its scores were measured anew
     (run / "stages.json").write_text(json.dumps(record))
