@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def importance(
-    opened: Session, arch: Arch, model: Callable[[], engine.Model], skip_lengths: Sequence[int], title: str = "calibrate"
+    opened: Session, arch: Arch, model: Callable[[], engine.Model], skip_lengths: Sequence[int], title: str = "calibrate", ask: bool = True
 ) -> dict[str, torch.Tensor]:
     """Scores of every unit of a model of these sizes, on every rank, by the criterion and on the text of the settings.
 
     `model` is called once the text is there, and only where weights are needed. `skip_lengths`: numbers of layers to leave
-    out at a time, to see what is missed without them. `title` is what the progress is called.
+    out at a time, to see what is missed without them; `ask`: also of the answers to calibrate.choices. `title` is what the progress is called.
     """
     cfg, world = opened.cfg, opened.world
     if cfg.calibrate.criterion == "random":
@@ -38,10 +38,10 @@ def importance(
 
     samples = Windows(opened.data.blend("calibration"), cfg.calibrate.seq_length, count=cfg.calibrate.samples, shuffle_seed=cfg.seed,
                       setting="calibrate.samples")  # fmt: skip
-    return measure(model(), samples, opened, skip_lengths, title)
+    return measure(model(), samples, opened, skip_lengths, title, ask)
 
 
-def measure(model: engine.Model, samples: Samples, opened: Session, skip_lengths: Sequence[int], title: str) -> dict[str, torch.Tensor]:
+def measure(model: engine.Model, samples: Samples, opened: Session, skip_lengths: Sequence[int], title: str, ask: bool) -> dict[str, torch.Tensor]:
     """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet once, at the end."""
     settings, world = opened.cfg.calibrate, opened.world
     mine = range(world.dp_rank, len(samples), world.dp)
@@ -56,7 +56,7 @@ def measure(model: engine.Model, samples: Samples, opened: Session, skip_lengths
     scores = collect(probes, world)
     if skip_lengths:
         scores |= losses_by_depth(model, samples, opened, skip_lengths)
-    if skip_lengths and settings.choices is not None:
+    if skip_lengths and ask and settings.choices is not None:
         scores |= accuracies_by_depth(model, opened, skip_lengths)
     return scores
 

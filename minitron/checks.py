@@ -13,7 +13,7 @@ from typing import NamedTuple
 from minitron.arch.arch import Arch
 from minitron.config.schema import Config, Distill
 from minitron.config.setting import MISSING
-from minitron.config.verbs import VERBS, groups_of
+from minitron.config.verbs import VERBS, groups_of, measures_again
 from minitron.data.lengths import taken, windows_in
 from minitron.data.manifest import Manifest
 from minitron.data.sources import check_source
@@ -22,7 +22,7 @@ from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.evaluation.choices import read
-from minitron.pruning.keep import skipped_at_a_time
+from minitron.pruning.keep import by_answers, skipped_at_a_time
 from minitron.pruning.target import check_layout, check_questions, check_rounds, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
 from minitron.search.budget import check_free, find
@@ -64,10 +64,16 @@ def searches(cfg: Config, verb: str) -> bool:
     return verb in ("search", "compress") and bool(cfg.search.budgets)
 
 
+def asks(cfg: Config, verb: str) -> bool:
+    """Whether a verb has the model answer calibrate.choices: prune, where rounds rank layers by them."""
+    again = verb == "prune" and measures_again(cfg.target.rounds, cfg.calibrate.criterion) and by_answers(cfg.target.layers_by)
+    return verb in ("calibrate", "compress") or again
+
+
 def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = None) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages.
 
-    `to_come`: the model and its teacher are still to be made; of this model no more can be told than its sizes, if these are known.
+    `to_come`: the model is still to be made, and no more can be told of it than its sizes, if these are known; its teacher is looked at elsewhere.
     """
     groups = groups_of(verb, cfg)
     trains, distils = VERBS[verb].trains, "distill" in groups
@@ -78,7 +84,7 @@ def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = Non
             raise absent(name)
     if "calibrate" in groups and cfg.calibrate.compile and (missing := no_compiler(cfg.device)):
         raise refuse("calibrate.compile", True, missing)
-    if "calibrate" in groups and cfg.calibrate.choices is not None:
+    if cfg.calibrate.choices is not None and asks(cfg, verb):
         read(cfg.calibrate.choices, "calibrate.choices", count=1)
     if (trains or distils) and cfg.data.separate_documents and cfg.spec == "transformer_engine":
         raise refuse("data.separate_documents", True, "Transformer Engine's attention is not told of documents; use spec=auto or spec=torch")

@@ -1,5 +1,6 @@
 """What is refused, or remarked upon, from settings and numbers of tokens alone."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ import torch._inductor.config
 
 from minitron.arch.families import from_hf
 from minitron.checks import (
+    asks,
     check,
     check_effect,
     check_lengths,
@@ -218,6 +220,28 @@ def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
     with pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):
         check(config({"calibrate": {"compile": True}}), "calibrate")
+
+
+@pytest.mark.parametrize(
+    ("verb", "target", "asked"),
+    [
+        ("calibrate", {}, True),
+        ("compress", {}, True),
+        ("search", {}, False),
+        ("prune", {"layers_by": "choices"}, False),  # calibrate has the answers
+        ("prune", {"layers_by": "loss", "rounds": 2}, False),
+        ("prune", {"layers_by": "block_choices", "rounds": 2}, True),
+        ("distill", {}, False),
+    ],
+)
+def test_questions_are_opened_where_they_are_answered(verb, target, asked, tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    cfg = config({"calibrate": {"choices": "absent.jsonl", "skip_layers": 1}, "target": target, "data": {"train": str(text)}})
+    monkeypatch.setattr("minitron.checks.known_arch", lambda path: None)
+    assert asks(cfg, verb) == asked
+    with pytest.raises(RequestError, match=r"^calibrate.choices=absent.jsonl: no file") if asked else contextlib.nullcontext():
+        check(cfg, verb)
 
 
 def test_separate_documents_are_refused_with_transformer_engine():

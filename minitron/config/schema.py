@@ -161,7 +161,9 @@ class Calibrate:
     )
     skip_samples: int = setting(64, "sequences to measure the losses of skip_layers on, at most calibrate.samples", least=1)
     choices: str | None = setting(
-        None, "questions to answer without every run of skip_layers: a .jsonl or .parquet file, or the hub id of a set with a known form (null: none)"
+        None,
+        "questions to answer without every run of skip_layers: a .jsonl or .parquet file, or a set of the hub in a known form, ID or ID:CONFIG "
+        "(null: none)",
     )
     questions: int = setting(500, "of calibrate.choices, this many at most, the first ones", least=1)
 

@@ -103,7 +103,7 @@ def read(given: str, setting: str, count: int) -> tuple[list[Question], bool]:
     except RequestError:
         raise
     except Exception as error:  # errors of half a dozen libraries: not found, offline, no such split, not JSON, ...
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise refuse(setting, given, f"no file, and no set with a split validation, that can be read: {reason}") from error
     form = next((form for form in FORMATS.values() if rows and form.fields <= rows[0].keys()), None)
     if form is None:

@@ -74,6 +74,11 @@ def top(scores: torch.Tensor, count: int) -> Indices:
     return np.sort(order[:count]).astype(np.int64)
 
 
+def by_answers(by: str) -> bool:
+    """Whether layers are ranked by the answers to questions."""
+    return by in ("choices", "block_choices")
+
+
 def skipped_at_a_time(by: str, total: int, count: int) -> int:
     """How many layers are left out at a time to measure what `by` needs."""
     return 1 if by in ("loss", "choices") else total - count
@@ -93,7 +98,7 @@ def top_layers(scores: dict[str, torch.Tensor], count: int, by: str) -> Indices:
         what = f"the loss was not measured without {at_a_time} at a time: calibrate with calibrate.skip_layers={at_a_time}"
         raise refuse("target.layers_by", by, what)
     missed = [losses.double().numpy()]
-    if by in ("choices", "block_choices"):
+    if by_answers(by):
         if accuracies is None:
             what = f"no questions were answered without {at_a_time} at a time: calibrate with calibrate.choices and calibrate.skip_layers={at_a_time}"
             raise refuse("target.layers_by", by, what)

@@ -8,7 +8,7 @@ from minitron.arch.families import written_as
 from minitron.arch.shards import padded
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError, refuse
-from minitron.pruning.keep import skipped_at_a_time
+from minitron.pruning.keep import by_answers, skipped_at_a_time
 from minitron.pruning.rounds import most_rounds, way
 
 _PER_LAYER = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -101,7 +101,7 @@ def check_ways(arch: Arch, pruned: Arch, target: Target, skip_lengths: Sequence[
 
 def check_questions(target: Target, choices: str | None) -> None:
     """Refuse a ranking of layers by questions where there are none."""
-    if target.layers_by in ("choices", "block_choices") and choices is None:
+    if by_answers(target.layers_by) and choices is None:
         raise refuse("target.layers_by", target.layers_by, "calibrate.choices is needed with it: the questions to answer")
 
 

@@ -6,12 +6,14 @@ A step is a whole `compress`, so a chain goes on wherever it was stopped (arXiv 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 from pathlib import Path
 
 from minitron import engine
-from minitron.checks import check, check_hidden, check_teacher_layout, known_arch
+from minitron.arch.arch import Arch
+from minitron.checks import check, check_hidden, check_teacher, known_arch
 from minitron.config.compose import compose
 from minitron.config.schema import Config, Family, Model, Target
 from minitron.data.manifest import Manifest
@@ -20,7 +22,7 @@ from minitron.pruning.target import target_arch
 from minitron.record import RECORD, flat
 from minitron.reporting.console import stage_banner
 from minitron.reporting.family import FILE, Member, member, original, show_family, write_family
-from minitron.session import session
+from minitron.session import end_on_signal, session
 from minitron.stages import compress
 from minitron.weights.source import locate
 
@@ -29,9 +31,10 @@ ORIGINAL = "original"
 
 def run(cfg: Config) -> None:
     """Look at all steps first, then compress one after another; show all models."""
-    steps = plan(cfg)
-    for number in range(len(steps)):
-        take(cfg, steps, number)
+    with end_on_signal("family"):  # also while the steps are looked at, and between them
+        steps = plan(cfg)
+        for number in range(len(steps)):
+            take(cfg, steps, number)
 
 
 def take(cfg: Config, steps: dict[str, Config], number: int) -> None:
@@ -40,14 +43,14 @@ def take(cfg: Config, steps: dict[str, Config], number: int) -> None:
     folder, first = Path(cfg.run.dir), next(iter(steps.values()))
 
     def begin() -> None:
-        cut_from, taught_by = relations(cfg, number)
+        cut_from, taught_by = relations(cfg, step)
         stage_banner(number + 1, len(steps), name, f"cut from {cut_from}, taught by {taught_by}")
-        write_family(folder, members(cfg))  # makes the folder a chain's
+        write_family(folder, members(cfg, steps))  # makes the folder a chain's
         if number:
             Manifest.load(Path(first.run.dir) / "data").lend(Path(step.run.dir) / "data")
 
     def end() -> None:
-        write_family(folder, members(cfg))
+        write_family(folder, members(cfg, steps))
         if number == len(steps) - 1:
             show_family(folder)
 
@@ -61,22 +64,32 @@ def plan(cfg: Config) -> dict[str, Config]:
     """The settings of every step, by name. Raises RequestError, naming the step, for whatever can be told before the first one is done."""
     check_folder(cfg)
     found: dict[str, Config] = {}
-    first = before = known_arch(cfg.model.path)
+    archs = {ORIGINAL: known_arch(cfg.model.path)}  # None where they can't be told yet
     sizes: dict[str, int] = {}
     for name, text in cfg.family.steps.items():
         try:
             step = found[name] = settings_of(cfg, name, shlex.split(text))
+            cut_from, taught_by = lineage(cfg, step)
+            before = archs[cut_from]
             check(step, "compress", to_come=len(found) > 1, arch=before)
             check_sizes(step.target, sizes)
-            teacher = first if step.teacher.path == original_path(cfg) else before
-            before = None if before is None or step.search.budgets else target_arch(before, step.target, step.parallel, exported=True)
+            teacher = teacher_arch(step, taught_by, archs)
+            made = archs[name] = None if before is None or step.search.budgets else target_arch(before, step.target, step.parallel, exported=True)
             if len(found) > 1 and teacher is not None:
-                check_teacher_layout(step, teacher, "the teacher's")
-                if before is not None:
-                    check_hidden(step, before, teacher)
+                check_teacher(step, "compress", archs[ORIGINAL] or teacher, teacher)  # the chain has one vocabulary
+                if made is not None:
+                    check_hidden(step, made, teacher)
         except (RequestError, ValueError) as error:  # ValueError: quotes that don't end
             raise RequestError(f"family.steps.{name}: {error}") from error
     return found
+
+
+def teacher_arch(step: Config, taught_by: str, archs: dict[str, Arch | None]) -> Arch | None:
+    """The sizes of a step's teacher, of those in `archs` or by its path. Raises RequestError where neither a step before makes it nor it is there."""
+    if taught_by in archs:
+        return archs[taught_by]
+    assert step.teacher.path is not None  # or its own model taught it
+    return known_arch(step.teacher.path, "teacher.path")
 
 
 def check_folder(cfg: Config) -> None:
@@ -111,8 +124,12 @@ def original_path(cfg: Config) -> str:
     """The teacher of all steps where the original is: a .gguf file is converted once, by the first step."""
     if cfg.teacher.path is not None:
         return cfg.teacher.path
-    converted = Path(cfg.run.dir) / next(iter(cfg.family.steps)) / "source"
-    return str(converted) if locate(cfg.model.path, "model.path").endswith(".gguf") else cfg.model.path
+    return conversion(cfg) if locate(cfg.model.path, "model.path").endswith(".gguf") else cfg.model.path
+
+
+def conversion(cfg: Config) -> str:
+    """Where the first step puts the original, if it has to be converted."""
+    return str(Path(cfg.run.dir) / next(iter(cfg.family.steps)) / "source")
 
 
 def check_sizes(target: Target, sizes: dict[str, int]) -> None:
@@ -131,19 +148,29 @@ def check_sizes(target: Target, sizes: dict[str, int]) -> None:
     sizes.update({name: size for name, size in cuts.items() if isinstance(size, int)})
 
 
-def relations(cfg: Config, number: int) -> tuple[str, str]:
-    """What the model of a step is cut from and taught by, by name."""
-    before = ORIGINAL if number == 0 else list(cfg.family.steps)[number - 1]
-    if cfg.distill.loss == "none":
-        return before, "nobody"
-    if number and cfg.family.teacher == "previous":
-        return before, before
-    return before, ORIGINAL if cfg.teacher.path is None else cfg.teacher.path
+def lineage(cfg: Config, step: Config) -> tuple[str, str]:
+    """What the model of a step is cut from and its teacher: by name, or the path of a teacher that is none of the chain's models."""
+    names = {place(cfg.model.path): ORIGINAL, place(conversion(cfg)): ORIGINAL}
+    names |= {place(str(Path(cfg.run.dir) / name / "hf")): name for name in cfg.family.steps}
+    cut_from = names[place(step.model.path)]
+    return cut_from, cut_from if step.teacher.path is None else names.get(place(step.teacher.path), step.teacher.path)
 
 
-def members(cfg: Config) -> list[Member]:
+def place(path: str) -> str:
+    """One spelling of a path; hub ids stay apart too."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def relations(cfg: Config, step: Config) -> tuple[str, str]:
+    """What the model of a step is cut from and taught by, as shown."""
+    cut_from, teacher = lineage(cfg, step)
+    return cut_from, "nobody" if step.distill.loss == "none" else teacher
+
+
+def members(cfg: Config, steps: dict[str, Config]) -> list[Member]:
     """The original and every model that is finished."""
-    folder, names = Path(cfg.run.dir), list(cfg.family.steps)
-    made = [member(name, folder / name, *relations(cfg, number)) for number, name in enumerate(names)]
-    known = made[0] is not None and cfg.teacher.path is None
-    return [original(cfg.model.path, folder / names[0], known), *(one for one in made if one is not None)]
+    folder = Path(cfg.run.dir)
+    made = [member(name, folder / name, *relations(cfg, step)) for name, step in steps.items()]
+    first, step = next(iter(steps.items()))
+    known = made[0] is not None and lineage(cfg, step)[1] == ORIGINAL  # evaluate measures the teacher, whoever it is
+    return [original(cfg.model.path, folder / first, known), *(one for one in made if one is not None)]

@@ -14,7 +14,7 @@ from minitron.files import read_json, write_json
 from minitron.importance.scores import FILE as SCORES
 from minitron.importance.scores import Scores
 from minitron.pruning.keep import FILE as KEEP
-from minitron.pruning.keep import Keep, select, skipped_at_a_time
+from minitron.pruning.keep import Keep, by_answers, select, skipped_at_a_time
 from minitron.pruning.reslice import reslice
 from minitron.pruning.rounds import both, way
 from minitron.pruning.target import target_arch
@@ -75,7 +75,8 @@ def cut(opened: Session, settings: Target, scores: dict[str, torch.Tensor], targ
     for number, target in enumerate(targets[1:], start=2):
         if world.is_main:
             say(f"round {number} of {len(targets)}: importance of what is left, {size(model.arch.num_parameters())} parameters")
-        scores = importance(opened, model.arch, lambda: model, skipped(settings, model.arch, target), f"round {number}")  # noqa: B023 -- called at once
+        lengths, ask = skipped(settings, model.arch, target), by_answers(settings.layers_by)
+        scores = importance(opened, model.arch, lambda: model, lengths, f"round {number}", ask)  # noqa: B023 -- called at once
         left = select(scores, model.arch, target, settings.layers_by)
         keep, model = both(keep, left), reslice(model, left, target, world)
     return model, keep

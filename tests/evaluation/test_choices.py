@@ -87,6 +87,17 @@ def test_what_is_no_file_of_questions_is_refused(given, said, tmp_path):
         read(str(tmp_path / given), "calibrate.choices", 1)
 
 
+def test_a_set_of_several_configurations_is_refused_with_their_names(tmp_path):
+    for name in ("easy", "hard"):
+        written(tmp_path / f"{name}.jsonl", RECORDS["own"][0])
+    configs = "".join(f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}.jsonl\n" for name in ("easy", "hard"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="'easy', 'hard'") as refusal:
+        read(str(tmp_path), "calibrate.choices", 1)
+    assert "\n" not in str(refusal.value)
+    assert read(f"{tmp_path}:easy", "calibrate.choices", 1)[0] == [RECORDS["own"][1]]
+
+
 @pytest.mark.parametrize(
     ("given", "choices"), [("allenai/winogrande", 2), ("Rowan/hellaswag", 4), ("allenai/ai2_arc:ARC-Easy", None), ("baber/piqa", 2)]
 )

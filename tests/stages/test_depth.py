@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,3 +35,7 @@ def test_the_block_that_the_answers_miss_least_is_cut(stories, tales, tmp_path):
     gone = int(np.lexsort([scores["layers.loss.2"], -scores["layers.choices.2"]])[0])
     kept = load_file(tmp_path / "run" / "keep.safetensors")["layers"]
     assert kept.tolist() == [layer for layer in range(5) if layer not in (gone, gone + 1)]
+    (tmp_path / "questions.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "pruned")
+    again = minitron(tmp_path / "rounds", "prune", *settings, "target.layers_by=loss", "target.num_layers=3", "target.rounds=2")
+    assert again.code == 0, again.err  # measured again, not asked again

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from minitron.config.compose import compose
+from minitron.errors import RequestError
+from minitron.stages.family import members, plan, relations
 from minitron.weights.source import open_folder
 from tests.oracles.metrics import without_costs
-from tests.oracles.models import same_tensors, saved_tensors
+from tests.oracles.models import same_tensors, save_model, saved_tensors
 from tests.stages.commands import minitron, running, wait_until
 
 STEPS = ['family.steps.middle="target.hidden_size=56 target.ffn_hidden_size=144"', 'family.steps.small="target.hidden_size=48 train.steps=6"']
@@ -160,6 +163,86 @@ def test_what_can_be_told_of_any_step_is_refused_before_the_first(change, line, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models by name: one to cut, a deeper one, one of another vocabulary."""
+    root = tmp_path_factory.mktemp("models")
+    changes = {"cut": {}, "deep": {"num_hidden_layers": 7}, "strange": {"vocab_size": 97}}
+    return {name: save_model(root / name, **change) for name, change in changes.items()}
+
+
+@pytest.fixture
+def chain_of(models, tales, tmp_path):
+    """A chain's settings: two steps that lose neurons, with what each adds, and the chain's own words; models are named in {}."""
+
+    def make(one="", two="", *words):
+        steps = [f'family.steps.{name}="target.ffn_hidden_size={size} {more}"' for name, size, more in (("one", 30, one), ("two", 24, two))]
+        given = ["model.path={cut}", f"run.dir={tmp_path / 'run'}", f"data.train={tales}", *steps, *words]
+        return compose("family", [word.format(**models, run=tmp_path / "run") for word in given])
+
+    return make
+
+
+HIDDEN = "distill.hidden.enabled=true distill.hidden.layers=[2] distill.hidden.teacher_layers=[{}]"
+
+
+@pytest.mark.parametrize(
+    ("two", "words", "deepest"),
+    [
+        ("", (), 4),
+        ("", ("teacher.path={deep}",), 7),
+        ("teacher.path={deep}", (), 7),
+        ("teacher.path={cut}", ("family.teacher=previous",), 4),
+        ("teacher.path={run}/one/hf", ("teacher.path={deep}",), 4),
+        ("teacher.path=null", ("teacher.path={deep}",), 4),
+    ],
+)
+def test_a_step_is_held_against_the_sizes_of_the_teacher_that_it_will_have(two, words, deepest, chain_of):
+    assert [*plan(chain_of("", f"{two} {HIDDEN.format(deepest)}", *words))] == ["one", "two"]
+    with pytest.raises(RequestError, match=r"^family\.steps\.two: distill\.hidden\.teacher_layers"):
+        plan(chain_of("", f"{two} {HIDDEN.format(deepest + 1)}", *words))
+
+
+@pytest.mark.parametrize(
+    ("two", "said"),
+    [
+        ("teacher.path={strange}", "vocabulary of 97, the student's is 61"),
+        ("teacher.path={deep}er", "no such file or folder"),
+        ("teacher.path={run}/oen/hf", "no such file or folder"),
+        ("teacher.path={run}/two/hf", "no such file or folder"),
+    ],
+)
+def test_a_later_steps_own_teacher_is_looked_at_before_the_first_step(two, said, chain_of):
+    with pytest.raises(RequestError, match=rf"^family\.steps\.two: teacher\.path=.*: {said}"):
+        plan(chain_of("", two))
+
+
+def test_who_teaches_is_told_by_each_steps_own_settings(chain_of, models):
+    def told(*given):
+        cfg = chain_of(*given)
+        return [relations(cfg, step) for step in plan(cfg).values()]
+
+    none = "distill.loss=none distill.cross_entropy=1"
+    deep = str(models["deep"])
+    assert told() == [("original", "original"), ("one", "original")]
+    assert told("", "", "family.teacher=previous") == [("original", "original"), ("one", "one")]
+    assert told("", none) == [("original", "original"), ("one", "nobody")]
+    assert told("teacher.path={deep}") == [("original", deep), ("one", "original")]
+    assert told("", "teacher.path={run}/one/hf", "teacher.path={deep}") == [("original", deep), ("one", "one")]
+
+
+def test_the_originals_loss_is_not_that_of_another_teacher(chain_of, tmp_path):
+    folder = tmp_path / "run" / "one"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "family.json").write_text('{"models": []}')
+    figures = {"loss": 2.0, "perplexity": 7.4, "params": 9}
+    (folder / "stages.json").write_text(json.dumps({name: {"done": True} for name in ("evaluate", "export")}))
+    (folder / "eval.json").write_text(json.dumps({name: figures for name in ("teacher", "pruned", "student")}))
+    for one, loss in (("", 2.0), ("teacher.path={cut}", 2.0), ("teacher.path={deep}", None)):
+        cfg = chain_of(one)
+        assert [(model.name, model.loss) for model in members(cfg, plan(cfg))] == [("original", loss), ("one", 2.0)]
+
+
 def test_another_runs_folder_is_left_alone(chain, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stages.json").write_text("{}")
@@ -171,7 +254,6 @@ def test_another_runs_folder_is_left_alone(chain, tmp_path):
 
 def test_sizes_are_compared_where_the_models_own_are_not_known():
     from minitron.config.schema import Target
-    from minitron.errors import RequestError
     from minitron.stages.family import check_sizes
 
     sizes = {}

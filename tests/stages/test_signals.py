@@ -250,6 +250,27 @@ def test_without_a_signal_nothing_is_changed(handlers):
     assert handled() == handlers
 
 
+def test_a_signal_to_a_block_around_another_is_told_by_the_one_that_it_meets(handlers):
+    with pytest.raises(Stopped, match=r"^stopped in compress"), end_on_signal("family"), end_on_signal("compress"):
+        signal.raise_signal(signal.SIGTERM)
+    assert handled() == dict.fromkeys(STOPPING, signal.SIG_IGN)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    with pytest.raises(Stopped, match=r"^stopped in family"), end_on_signal("family"):
+        with end_on_signal("compress"):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+    assert handled() == dict.fromkeys(STOPPING, signal.SIG_IGN)
+
+
+def test_a_signal_ends_a_chain_while_its_steps_are_looked_at(settings, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["family", f"run.dir={run}", *settings, 'family.steps.one="train.steps=2"', 'family.steps.two="target.hidden_size=40"']
+    prepare = functools.partial(signalled, (0, "minitron.stages.family:check", 2))
+    assert codes(tmp_path / "log", *arguments, prepare=prepare) == ([75], "minitron: stopped in family: the same command continues\n")
+    assert not run.exists()
+
+
 def test_a_forked_child_dies_of_a_signal(handlers):
     with on_signal(lambda: None) as seen:
         if (child := os.fork()) == 0:
