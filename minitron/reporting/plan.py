@@ -21,7 +21,10 @@ HEADINGS = dict(zip(SIZES, ("layers", "hidden", "MLP", "heads", "KV"), strict=Tr
 
 
 def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | None = None) -> None:
-    """Print the plan: a line for each model, then how many of the grid remain and why the others fell. Costs that are `asked` for always have a column."""
+    """Print the plan: a line for each model, then how many of the grid remain and why the others fell.
+
+    Costs that are `asked` for, by the names of the budgets, have a column however narrow the terminal is.
+    """
     console = console or Console()
     order = [heading for heading in LEFT_OUT if BUDGETED.get(heading) not in asked]
     if not asked:
