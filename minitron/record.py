@@ -17,6 +17,7 @@ from minitron.config.schema import Config
 from minitron.config.verbs import VERBS, groups_of, measures_again, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+from minitron.search.candidates import PLAN
 
 RECORD, LOCK = "stages.json", ".lock"
 # the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
@@ -109,8 +110,8 @@ def trained(folder: Path) -> int:
 
 
 def holds_others(folder: Path) -> bool:
-    """Whether a folder holds files and is not a run's."""
-    return not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    """Whether a folder holds files and is not a run's; a plan may have been there before the run."""
+    return not (folder / RECORD).exists() and any(not path.name.startswith(".") and path.name != PLAN for path in folder.iterdir())
 
 
 def own(folder: Path, setting: str = "run.dir", whose: str = "a run's", is_other: Callable[[Path], bool] = holds_others) -> None:

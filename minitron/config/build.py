@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from minitron.config.schema import Config
+from minitron.config.schema import TARGETS, Config
 from minitron.config.setting import MISSING, check
 from minitron.errors import RequestError, refuse
 
@@ -21,10 +21,12 @@ KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    list: "a list of numbers",
+    list: "a list with at least one number",
     type(None): "null",
 }
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for text, as it lacks the point
+COUNT, SCALES = re.compile(r"(\d+(?:\.\d*)?) ?([KMBT])", re.IGNORECASE), {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+COUNTS = {f"search.{name}" for name in TARGETS}  # settings in which 8B stands for 8e9
 
 
 class Setting(NamedTuple):
@@ -85,10 +87,13 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         value = float(value)
     if float in kinds and type(value) is str and NUMBER.fullmatch(value):
         value = float(value)
+    if name in COUNTS and type(value) is str and (count := COUNT.fullmatch(value)):
+        value = float(count[1]) * SCALES[count[2].upper()]
     if type(value) is list and list in kinds and value:
         return [convert(item_type(hint), item, name) for item in value]
     if type(value) not in kinds or type(value) is list or (type(value) is float and not math.isfinite(value)):
         quote = f" (a number as text is written '{name}=\"{value}\"')" if str in kinds and type(value) in (int, float) else ""
+        quote = " (8e9 or 8B, say)" if name in COUNTS else quote
         wanted = [KINDS[kind] for kind in kinds if not (kind is int and float in kinds)]
         raise refuse(name, value, f"{' or '.join(wanted)} is needed{quote}")
     return value

@@ -367,6 +367,9 @@ class Search:
             raise refuse("search.ffn_expansion", self.ffn_expansion, "must be null with search.ffn_hidden_size")
         if self.rungs != sorted(set(self.rungs)):
             raise refuse("search.rungs", self.rungs, "numbers of steps that grow are needed")
+        for name in TARGETS:
+            if (budget := getattr(self, name)) is not None and budget < 1:
+                raise refuse(f"search.{name}", budget, "a number of parameters is needed, such as 8e9 or 8B, not a share of the model's")
 
 
 @dataclasses.dataclass(frozen=True)

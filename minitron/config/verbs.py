@@ -35,7 +35,7 @@ VERBS: dict[str, Verb] = {
     ),
     "plan": Verb(
         "what the settings come to, before anything is computed: sizes, parameters, arithmetic, memory; of a search, which candidates remain and why",
-        ("run", "model", "target", "search", "train", "parallel", *COMMON),
+        ("run", "model", "family", "target", "search", "train", "parallel", *COMMON),
         ("model.path | model.shape",),
     ),
     "data": Verb(

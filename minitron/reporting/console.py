@@ -350,12 +350,16 @@ def show_search(results: Results, *, console: Console | None = None) -> None:
     """Print what a search came to: every candidate with its losses rung by rung and what became of it, the chosen one, how sure that is, its cost."""
     console = console or Console()
     losses = {
-        f"{rung.steps:,} steps" if rung.steps else "untrained": functools.partial(_loss_on_rung, at, digits=3)
+        f"{rung.steps:,}\nsteps" if rung.steps else "untrained": functools.partial(_loss_on_rung, at, digits=3)
         for at, rung in enumerate(results.rungs)
     }
-    last: Columns = {"": lambda one: standing.outcome(results, one)}
+    last: Columns = {
+        "": lambda one: standing.outcome(results, one).partition(" ")[0],
+        " ": lambda one: standing.outcome(results, one).partition(" ")[2],
+    }
     sizes, costs = _sizes(results), _costs(standing.costs_bound(results))
-    left_out = [*[*reversed(costs)][:-1], *reversed(sizes), *[*losses][:-1], *costs, *losses]
+    # sizes are in the names too, and where the losses end tells when one was out
+    left_out = [*[*reversed(costs)][:-1], *reversed(sizes), *[*last][1:], *costs, *losses]
     found = standing.standings(results)
     _print_candidates(sizes | costs | losses | last, found, left_out, console, dim=lambda one: one.fell is not None)
     _print_told(standing.told(results), console)
@@ -401,7 +405,7 @@ def _print_candidates(
         made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         made.add_column("candidate", overflow="fold")
         for heading in shown:
-            made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+            made.add_column(heading, justify="right" if heading.strip() else "left", no_wrap=True)
         for one in found:
             style = "bold" if one.chosen else "dim" if dim(one) else None
             made.add_row(Text(one.name), *(Text(write(one)) for write in shown.values()), style=style)

@@ -45,6 +45,9 @@ th{color:var(--muted);font-weight:500;font-size:.8125rem;text-align:left;vertica
 th,td{padding:.5rem .75rem .5rem 0;border-bottom:1px solid var(--rule)}
 tr:last-child td{border-bottom:0}
 .n{text-align:right;white-space:nowrap;padding-left:.75rem;padding-right:0}
+#search table{font-size:.75rem}
+#search th{font-size:.6875rem;white-space:normal}
+#search .n{padding-left:.35rem}
 tr.strong td{font-weight:650}
 tr.start:not(:first-child) td{border-top:2px solid var(--rule)}
 .grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:1.25rem;align-items:start}

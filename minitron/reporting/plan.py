@@ -1,7 +1,7 @@
 """The table that `minitron plan` prints: the model, what is to become of it, and of a search why other sizes are not looked at."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from rich import box
 from rich.console import Console
@@ -13,14 +13,27 @@ from minitron.reporting.console import fitting
 from minitron.reporting.wording import ABSENT, counted, percent, ratio
 from minitron.search.candidates import SIZES, Candidate, Plan
 
-LEFT_OUT = ("KV", "non-embedding", "GFLOP/token", "memory", "share")  # columns that a narrow terminal goes without, the first one first
+# columns that a narrow terminal goes without, the first one first; candidates have their sizes in their names
+LEFT_OUT = ("KV", "non-embedding", "GFLOP/token", "memory", "share", "heads", "MLP", "hidden", "layers")
+BUDGETED = {"params": "params", "non-embedding": "non_embedding_params", "active": "active_params", "memory": "memory_gb",
+            "GFLOP/token": "gflops_per_token", "latency": "latency_ms"}  # fmt: skip
 HEADINGS = dict(zip(SIZES, ("layers", "hidden", "MLP", "heads", "KV"), strict=True))
 
 
-def show_plan(plan: Plan, *, console: Console | None = None) -> None:
-    """Print the plan: a line for each model, then how many of the grid remain and why the others fell."""
+def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | None = None) -> None:
+    """Print the plan: a line for each model, then how many of the grid remain and why the others fell.
+
+    Costs that are `asked` for, by the names of the budgets, have a column however narrow the terminal is.
+    """
     console = console or Console()
-    console.print(fitting((_models(plan, LEFT_OUT[:count]) for count in range(len(LEFT_OUT) + 1)), console))
+    order = [heading for heading in LEFT_OUT if BUDGETED.get(heading) not in asked]
+    if not asked:
+        order = order[: order.index("heads")]
+    tables = {count: _models(plan, order[:count], asked) for count in range(len(order) + 1)}
+    shown = fitting(tables.values(), console)
+    console.print(shown)
+    if left_out := order[: next(count for count, table in tables.items() if table is shown)]:
+        console.print(Text(f"a wider terminal also shows {', '.join(left_out)}", style="dim"))
     if plan.grid is not None:
         others = "; why the others do not:" if plan.fell else ""
         console.print(Text(f"{len(plan.models):,} of {counted(plan.grid, 'architecture')} of the grid remain{others}"))
@@ -32,18 +45,19 @@ def _size(name: str, model: Candidate) -> str:
     return f"{model.sizes[name]:,}"
 
 
-def _models(plan: Plan, left_out: tuple[str, ...]) -> Table:
+def _models(plan: Plan, left_out: Sequence[str], asked: Collection[str]) -> Table:
     columns: dict[str, Callable[[Candidate], str]] = {
         **{heading: functools.partial(_size, name) for name, heading in HEADINGS.items()},
         "params": lambda model: scaled(model.costs["params"], 2),
         "share": lambda model: percent(ratio(model.costs["params"], plan.original.costs["params"])),
         "non-embedding": lambda model: scaled(model.costs["non_embedding_params"], 2),
+        "active": lambda model: scaled(model.costs["active_params"], 2),
         "memory": lambda model: f"{model.costs['memory_gb']:.3g} GB",
         "GFLOP/token": lambda model: f"{model.costs['gflops_per_token']:.3g}",
         "latency": lambda model: f"{model.costs['latency_ms']:.3g} ms" if "latency_ms" in model.costs else ABSENT,
     }
-    measured = any("latency_ms" in model.costs for model in plan.models)
-    shown = {heading: write for heading, write in columns.items() if heading not in left_out and (measured or heading != "latency")}
+    where = {"latency": any("latency_ms" in model.costs for model in plan.models), "active": "active_params" in asked}
+    shown = {heading: write for heading, write in columns.items() if heading not in left_out and where.get(heading, True)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)
     for heading in shown:

@@ -112,7 +112,7 @@ def search(run: RunFiles) -> str:
     lines = [
         (
             one.name,
-            standing.outcome(results, one),
+            standing.outcome(results, one).partition(" ")[0],  # when: the losses end there
             *(["·".join(str(rank) for rank in one.ranks if rank is not None)] if results.rungs else []),
             *("" if loss is None else decimal(loss, 3) for loss in one.losses),
             *(standing.size_text(field, one) for field in standing.varied(results)),

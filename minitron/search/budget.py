@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from minitron.arch.arch import Arch
 from minitron.arch.counts import SCALES, scaled, totals
+from minitron.arch.counts import costs as costs_of_one
 from minitron.config.schema import TARGETS, Parallel, Search, Target
 from minitron.errors import RequestError, refuse
 from minitron.search.candidates import SIZES, Candidate, name_of
@@ -65,12 +66,12 @@ def find(arch: Arch, search: Search, parallel: Parallel, dtype: str, measure: Me
         raise refuse(f"search.{name}", getattr(search, name), f"no architecture of the grid is possible: {told(fell)}")
     grid, points_PA = len(points_PA), points_PA[left]
     costs = costs_of(arch, points_PA, search, dtype)
-    budgets = search.budgets
-    left = within(points_PA, costs, {name: budget for name, budget in budgets.items() if name in costs}, search, fell)
+    budgets, own = search.budgets, costs_of_one(arch, search.batch_size, search.seq_length, BYTES[dtype])
+    left = within(points_PA, costs, {name: budget for name, budget in budgets.items() if name in costs}, search, fell, own)
     points_PA, costs = _rows(points_PA, costs, left)
     if measure is not None:
         costs["latency_ms"] = np.array(measure([shaped(arch, point) for point in points_PA]), dtype=np.float64)
-        points_PA, costs = _rows(points_PA, costs, within(points_PA, costs, budgets, search, fell))
+        points_PA, costs = _rows(points_PA, costs, within(points_PA, costs, budgets, search, fell, own))
     elif "latency_ms" in budgets:
         raise refuse("search.latency_ms", search.latency_ms, "latency is measured by minitron search")
     if not search.keep_dominated:
@@ -101,8 +102,11 @@ def shaped(arch: Arch, point: Sequence[int]) -> Arch:
     return arch.replace(**dict(zip(SIZES, map(int, point), strict=True)))
 
 
-def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Search, fell: dict[str, int]) -> Mask:
-    """[P]: which points are within the budgets; the others are added to `fell`. Raises RequestError where none is, which names the nearest."""
+def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Search, fell: dict[str, int], own: dict[str, float]) -> Mask:
+    """[P]: which points are within the budgets; the others are added to `fell`. `own`: what the model itself costs.
+
+    Raises RequestError where none is, which names the nearest, or why there can be none.
+    """
     left = np.ones(len(points_PA), dtype=bool)
     excess = {}
     for name, budget in budgets.items():
@@ -115,8 +119,34 @@ def within(points_PA: Sizes, costs: Costs, budgets: dict[str, float], search: Se
     if not left.any():
         together = np.stack(list(excess.values()))
         nearest = int(np.lexsort((together.sum(axis=0), together.max(axis=0)))[0])
-        raise _none_within(points_PA[nearest], {name: float(cost[nearest]) for name, cost in costs.items()}, together[:, nearest], budgets, search)
+        worst = list(budgets)[int(together[:, nearest].argmax())]
+        if because := _never(worst, budgets, search, own):
+            raise refuse(f"search.{worst}", _plain(budgets[worst]), because)
+        advice = _finer(search, worst, both_sides=costs[worst].min() < budgets[worst] < costs[worst].max())
+        raise _none_within(points_PA[nearest], {name: float(cost[nearest]) for name, cost in costs.items()}, worst, budgets, search, advice)
     return left
+
+
+def _never(worst: str, budgets: dict[str, float], search: Search, own: dict[str, float]) -> str:
+    """Why no grid whatever would meet a budget, empty where one might; `own`: what the model itself costs."""
+    if worst in TARGETS and budgets[worst] > own[worst]:
+        return f"the model itself has {WORDS[worst][1](own[worst])}: pruning can only make it smaller"
+    other = {"params": "active_params", "active_params": "params"}.get(worst, "")
+    if other in budgets and own["params"] == own["active_params"]:
+        low, high = sorted((budgets[worst], budgets[other]))
+        if low * (1 + search.tolerance) < high * (1 - search.tolerance):
+            return f"contradicts search.{other}={_plain(budgets[other])}: in a model without experts all parameters are active"
+    return ""
+
+
+def _finer(search: Search, worst: str, both_sides: bool) -> str:
+    """Which settings have more to look at, as far as the grid is of its own; `both_sides`: there are models above and below the budget."""
+    own = {"hidden_multiple_of": search.hidden_size is None, "ffn_multiple_of": search.ffn_hidden_size is None and search.ffn_expansion is None}
+    steps = [f"search.{name}={getattr(search, name)}" for name, applies in own.items() if applies]
+    ways = [f"a smaller {' or '.join(steps)}, or a larger search.values={search.values}, makes the grid finer"] if steps else []
+    ways += [] if both_sides else ["a list such as search.hidden_size=[...] makes it wider"]
+    ways += [f"a larger search.tolerance={search.tolerance:g} takes more of it"] if worst in TARGETS and both_sides else []
+    return "; ".join(ways)
 
 
 def told(fell: dict[str, int]) -> str:
@@ -144,25 +174,29 @@ def _drop(left: Mask, mask: Mask, reason: str, fell: dict[str, int]) -> None:
 def _too_many(points_PA: Sizes, search: Search) -> RequestError:
     """The refusal of a grid that leaves more than anyone wants to train, with the axes that make it fine."""
     numbers = {name: len(np.unique(column)) for name, column in zip(SIZES, points_PA.T, strict=True)}
-    fine = [f"search.{name} ({number} sizes)" for name, number in sorted(numbers.items(), key=lambda item: -item[1]) if number > 1]
-    coarser = f"a coarser grid has fewer: short lists for {', '.join(fine)}, or a smaller search.values={search.values}"
-    tighter = f", or a smaller search.tolerance={search.tolerance:g}" if any(name in TARGETS for name in search.budgets) else ""
-    return refuse("search.max_candidates", search.max_candidates, f"{len(points_PA)} candidates are left; {coarser}{tighter}")
+    fine = [f"search.{name} (now {number} sizes)" for name, number in sorted(numbers.items(), key=lambda item: -item[1]) if number > 1]
+    coarser = f"shorter lists for {', '.join(fine)}, search.values below {search.values}"
+    tighter = f", search.tolerance below {search.tolerance:g}" if any(name in TARGETS for name in search.budgets) else ""
+    ways = f"fewer are left with {coarser}{tighter}; or raise search.max_candidates"
+    return refuse("search.max_candidates", search.max_candidates, f"{len(points_PA)} candidates are left, more than that: {ways}")
 
 
-def _none_within(point: Sizes, costs: dict[str, float], excess: npt.NDArray[np.float64], budgets: dict[str, float], search: Search) -> RequestError:
+def _none_within(point: Sizes, costs: dict[str, float], worst: str, budgets: dict[str, float], search: Search, advice: str) -> RequestError:
     """The refusal of budgets that nothing meets: which the architecture that is nearest to all violates most, and how it stands to the others."""
 
     def stands(name: str) -> str:
         off = costs[name] / budgets[name] - 1
         return f"{WORDS[name][1](costs[name])}, {100 * abs(off):.3g} % {'more' if off > 0 else 'less'}"
 
-    worst = list(budgets)[int(excess.argmax())]
     sizes = ", ".join(f"{name}={size}" for name, size in zip(SIZES, map(int, point), strict=True))
     missed = f"no architecture of the grid {f'comes within {100 * search.tolerance:g} %' if worst in TARGETS else 'is within it'}"
     others = "; ".join(f"search.{name}={_plain(budgets[name])}: {stands(name)}" for name in budgets if name != worst)
     beside = (" and meets the other budgets", f" ({others})") if others else ("", "")
-    return refuse(f"search.{worst}", _plain(budgets[worst]), f"{missed}{beside[0]}: the nearest, {sizes}, has {stands(worst)}{beside[1]}")
+    return refuse(
+        f"search.{worst}",
+        _plain(budgets[worst]),
+        f"{missed}{beside[0]}: the nearest, {sizes}, has {stands(worst)}{beside[1]}; {advice}".removesuffix("; "),
+    )
 
 
 def _plain(amount: float) -> float | int:

@@ -22,6 +22,7 @@ from minitron.pruning.target import target_arch
 from minitron.record import RECORD, flat
 from minitron.reporting.console import stage_banner
 from minitron.reporting.family import FILE, Member, member, original, show_family, write_family
+from minitron.search.candidates import PLAN
 from minitron.session import end_on_signal, session
 from minitron.stages import compress
 from minitron.weights.source import locate
@@ -98,7 +99,7 @@ def check_folder(cfg: Config) -> None:
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name) or name in (ORIGINAL, FILE):
             raise refuse("family.steps", name, f"a name of letters, digits, _, - and . is needed, other than {ORIGINAL}")
-    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != PLAN) if folder.is_dir() else []
     if RECORD in there or (FILE not in there and {*there} - {*names}):
         raise refuse("run.dir", folder, "the folder holds files that are not a family's; an empty or new folder is needed")
 

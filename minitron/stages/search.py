@@ -91,7 +91,9 @@ def check_latency(opened: Session, results: Results) -> None:
     shape = target_arch(opened.source.arch, chosen.target(opened.cfg.target), opened.cfg.parallel)
     found = check(shape, chosen.costs["latency_ms"], opened.cfg, opened.world, opened.spec())
     if opened.world.is_main:
-        say(f"latency of {chosen.name}: {found.predicted:.3g} ms by its parts, {found.real:.3g} ms as a whole")
+        limit = opened.cfg.search.latency_ms
+        above = f", above search.latency_ms={limit:g}" if found.real > limit else ""
+        say(f"latency of {chosen.name}: {found.predicted:.3g} ms by its parts, {found.real:.3g} ms as a whole{above}")
 
 
 def key_of(opened: Session) -> str:

@@ -28,6 +28,8 @@ def test_an_empty_tree_gives_the_defaults():
     [
         ("train.lr", 1, 1.0),  # a whole number serves as a number
         ("train.lr", "1e-4", 1e-4),  # as PyYAML reads it
+        ("search.params", "8B", 8e9),
+        ("search.active_params", "1.5 k", 1500.0),
         ("target.hidden_size", 512, 512),
         ("target.hidden_size", 0.5, 0.5),
         ("target.hidden_size", None, None),
@@ -63,6 +65,9 @@ def test_values_that_fit(setting, given_value, value):
         ({"train": {"lr": float("nan")}}, "train.lr=nan: a number is needed"),
         ({"train": {"lr": float("inf")}}, "train.lr=inf: a number is needed"),
         ({"target": {"hidden_size": True}}, "target.hidden_size=true: a number or null is needed"),
+        ({"search": {"params": "8GB"}}, "search.params=8GB: a number or null is needed (8e9 or 8B, say)"),
+        ({"search": {"memory_gb": "8B"}}, "search.memory_gb=8B: a number or null is needed"),
+        ({"search": {"hidden_size": []}}, "search.hidden_size=[]: a list with at least one number or null is needed"),
         ({"parallel": {"sp": 1}}, "parallel.sp=1: true or false is needed"),
         ({"run": {"dir": 7}}, "run.dir=7: text is needed (a number as text is written 'run.dir=\"7\"')"),
         ({"data": {"train": ["a", "b"]}}, "data.train=[a, b]: text is needed"),
@@ -85,6 +90,7 @@ def test_wrong_types_are_refused_by_full_name(tree, message):
         ({"train": {"global_batch_size": 6, "micro_batch_size": 4}}, "train.global_batch_size=6: a multiple of train.micro_batch_size=4"),
         ({"train": {"lr": 1e-6}}, "train.min_lr=1e-05: at most train.lr=1e-06"),
         ({"train": {"lr": 0}}, "train.lr=0.0: more than 0 is needed"),
+        ({"search": {"params": 0.5}}, "search.params=0.5: a number of parameters is needed, such as 8e9 or 8B, not a share of the model's"),
         ({"data": {"valid_fraction": 0.9}}, "data.valid_fraction=0.9: at most 0.5 is allowed"),
         ({"calibrate": {"seq_agg": "max"}}, "calibrate.seq_agg=max: one of mean, l2, var is needed"),
         ({"calibrate": {"skip_layers": 2, "criterion": "random"}}, "calibrate.skip_layers=2: must be null with calibrate.criterion=random"),

@@ -279,13 +279,24 @@ def test_the_outcome_of_a_search():
     to = console(160)
     show_search(search(), console=to)
     rows = cells(to)
-    assert ["candidate", "layers", "hidden", "MLP", "heads", "params", "untrained", "50 steps", "100 steps", "200 steps", "400 steps"] in rows
+    assert rows[1:3] == [
+        ["50", "100", "200", "400"],
+        ["candidate", "layers", "hidden", "MLP", "heads", "params", "untrained", "steps", "steps", "steps", "steps"],
+    ]
     assert ["L26-H576-F1024-A6-G3", "26", "576", "1,024", "6", "91.6 M", "5.916", "4.431", "3.737", "3.264", "3.167", "chosen"] in rows
-    assert ["L28-H576-F768-A9-G3", "28", "576", "768", "9", "90.3 M", "6.948", "out before training"] in rows
+    assert ["L28-H576-F768-A9-G3", "28", "576", "768", "9", "90.3 M", "6.948", "out", "before training"] in rows
     assert ["chosen", "L26-H576-F1024-A6-G3: layers 26, hidden 576, MLP 1,024, heads 6, 91.6 M params"] in rows
     to = console(160)
     show_search(search(2), console=to)
     assert ["best yet", "L24-H576-F1152-A6-G3: layers 24, hidden 576, MLP 1,152, heads 6, 92.0 M params"] in cells(to)
+
+
+def test_a_terminal_of_80_columns_has_the_losses_of_every_rung():
+    to = console(80)
+    show_search(search(), console=to)
+    rows = cells(to)
+    assert rows[1] == ["50", "100", "200", "400"] and rows[2][0] == "candidate" and "untrained" in rows[2]
+    assert [row[0] for row in rows if row[-2:] == ["6.948", "out"]] == ["L28-H576-F768-A9-G3"]
 
 
 def test_names_of_candidates_are_shown_as_they_are():

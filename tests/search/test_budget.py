@@ -89,18 +89,33 @@ def test_a_candidate_asks_for_its_own_sizes():
         (
             {"params": 20e6},
             "search.params=20000000: no architecture of the grid comes within 5 %: the nearest, num_layers=27, hidden_size=320, "
-            "ffn_hidden_size=768, num_attention_heads=9, num_query_groups=3, has 48.92 M, 145 % more",
+            "ffn_hidden_size=768, num_attention_heads=9, num_query_groups=3, has 48.92 M, 145 % more; a smaller "
+            "search.hidden_multiple_of=64 or search.ffn_multiple_of=128, or a larger search.values=9, makes the grid finer; a list such as "
+            "search.hidden_size=[...] makes it wider",
         ),
         (
             {"params": 100e6, "memory_gb": 0.1},
             "search.memory_gb=0.1: no architecture of the grid is within it and meets the other budgets: the nearest, num_layers=27, "
             "hidden_size=320, ffn_hidden_size=768, num_attention_heads=9, num_query_groups=3, has 0.183 GB, 82.8 % more "
-            "(search.params=100000000: 48.92 M, 51.1 % less)",
+            "(search.params=100000000: 48.92 M, 51.1 % less); a smaller search.hidden_multiple_of=64 or search.ffn_multiple_of=128, or a larger "
+            "search.values=9, makes the grid finer; a list such as search.hidden_size=[...] makes it wider",
+        ),
+        (
+            {"params": 101e6, "tolerance": 0.0, "hidden_size": [512]},
+            "search.params=101000000: no architecture of the grid comes within 0 %: the nearest, num_layers=30, hidden_size=512, "
+            "ffn_hidden_size=1152, num_attention_heads=9, num_query_groups=3, has 101.87 M, 0.866 % more; a smaller search.ffn_multiple_of=128, or "
+            "a larger search.values=9, makes the grid finer; a larger search.tolerance=0 takes more of it",
+        ),
+        ({"params": 300e6}, "search.params=300000000: the model itself has 134.52 M: pruning can only make it smaller"),
+        (
+            {"params": 120e6, "active_params": 100e6},
+            "search.params=120000000: contradicts search.active_params=100000000: in a model without experts all parameters are active",
         ),
         (
             {"params": 100e6, "max_candidates": 4},
-            "search.max_candidates=4: 6 candidates are left; a coarser grid has fewer: short lists for search.ffn_hidden_size (6 sizes), "
-            "search.num_layers (3 sizes), search.hidden_size (3 sizes), or a smaller search.values=9, or a smaller search.tolerance=0.05",
+            "search.max_candidates=4: 6 candidates are left, more than that: fewer are left with shorter lists for search.ffn_hidden_size (now 6 "
+            "sizes), search.num_layers (now 3 sizes), search.hidden_size (now 3 sizes), search.values below 9, search.tolerance below 0.05; or raise "
+            "search.max_candidates",
         ),
         (
             {"params": 100e6, "num_attention_heads": [4, 5]},

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,10 @@ from minitron.engine import timing
 from minitron.errors import RequestError
 from minitron.search import latency
 from minitron.search.latency import Table, check, known, measured, read_tables
+from minitron.stages import search as stage
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.models import TINY, config_of
+from tests.reporting.searches import search as made_up
 
 MODEL = from_hf(config_of().to_dict(), "x")
 OTHERS = [MODEL.replace(num_layers=3), MODEL.replace(num_layers=2, ffn_hidden_size=24), MODEL.replace(hidden_size=36), MODEL.replace(num_layers=1)]
@@ -91,3 +94,13 @@ def test_every_rank_finds_the_same(layout, tmp_path):
     assert {*blocks} == {"H48-F36-A6-G3", "H48-F24-A6-G3"}
     assert all(time > 0 for time in [*blocks.values(), *outside["48"], *found, predicted, real])
     assert found[0] - found[1] == pytest.approx(blocks["H48-F36-A6-G3"])
+
+
+@pytest.mark.parametrize(("real", "said"), [(60.0, "60 ms as a whole, above search.latency_ms=57.5"), (57.0, "57 ms as a whole\n")])
+def test_a_chosen_model_that_takes_longer_than_its_parts_is_said(monkeypatch, capsys, real, said):
+    results = made_up()
+    cfg = config(latency_ms=57.5)
+    opened = SimpleNamespace(cfg=cfg, source=SimpleNamespace(arch=results.original), world=SimpleNamespace(is_main=True), spec=lambda: "torch")
+    monkeypatch.setattr(stage, "check", lambda shape, predicted, *_: latency.Checked(predicted, real))
+    stage.check_latency(opened, results)
+    assert f"latency of {results.chosen}: 56.1 ms by its parts, {said}" in " ".join(capsys.readouterr().out.split("\n  "))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from minitron.arch.arch import Arch
+from minitron.record import own
 from tests.oracles.published import CONFIGS
 from tests.stages.commands import minitron, running
 
@@ -36,13 +37,24 @@ def test_a_target(plan, sizes_alone, tmp_path):
     lines = [words(line) for line in done.out.splitlines()]
     assert ["model", "layers", "hidden", "MLP", "heads", "params", "share", "memory"] in lines
     assert ["original", "5", "64", "172", "8", "260.03", "K", "100.0", "%", "0.00314", "GB"] in lines
-    assert lines[-2][:5] == ["target", "4", "48", "172", "8"]
+    assert [line[:5] for line in lines if line[:1] == ["target"]] == [["target", "4", "48", "172", "8"]]
+    assert "a wider terminal also shows KV, non-embedding, GFLOP/token" in done.out
+    assert f"written to {tmp_path / 'run' / 'plan.json'}" in "".join(done.out.split("\n"))
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert Arch.from_dict(kept["arch"]).num_parameters() == kept["original"]["costs"]["params"] == 260032
     assert [model["name"] for model in kept["models"]] == ["target"]
     assert (kept["grid"], kept["fell"]) == (None, {})
-    # the folder is the run's: other commands take it
-    assert json.loads((tmp_path / "run" / "stages.json").read_text()) == {}
+    # the folder may become a run's: other commands take it
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"]
+    own(tmp_path / "run")
+
+
+def test_a_family(plan, sizes_alone, tmp_path):
+    steps = ['family.steps.a="target.hidden_size=48"', 'family.steps.b="target.hidden_size=32 target.num_layers=4"']
+    done = plan(f"model.path={sizes_alone}", *steps, "target.ffn_hidden_size=128", f"run.dir={tmp_path / 'run'}")
+    assert (done.code, done.err) == (0, "")
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert [[model["name"], *model["sizes"].values()][:4] for model in kept["models"]] == [["a", 5, 48, 128], ["b", 4, 32, 128]]
 
 
 def test_a_budget(plan, sizes_alone, tmp_path):
@@ -94,13 +106,21 @@ def test_several_processes_print_it_once(sizes_alone, tmp_path):
         ),
         (["search.latency_ms=1"], "search.latency_ms=1.0: times of these sizes must be measured first, which minitron plan does not do"),
         (["search.params=2e5", "search.tolerance=0.3", "search.max_candidates=1", *MINISTORY], "search.max_candidates=1: "),
+        (["search.params=300K"], "search.params=300000: the model itself has 260.03 K: pruning can only make it smaller"),
+        (["search.hidden_size=[48]"], "search.hidden_size=[48]: a budget is needed with it: one of search.params, search.non_embedding_params, "),
+        (['family.steps.a="target.hidden_size=65"'], "family.steps.a: target.hidden_size=65: the model has 64: pruning can only make it smaller"),
+        (['family.steps.a="search.params=2e5"'], "family.steps.a: search.params=200000.0: the sizes that a step's search will choose can't be told"),
+        (
+            ["model.shape={model_type: llama, hidden_size: 32, num_attention_heads: 4, num_hidden_layers: 2, intermediate_size: 64}"],
+            "model.path=SIZES: model.shape gives other sizes than this model has: one of the two is needed, not both",
+        ),
         (["parallel.tp=3"], "parallel.tp=3: must divide the model's ffn_hidden_size=172"),
     ],
 )
 def test_plans_that_cannot_be_made(plan, sizes_alone, tmp_path, settings, said):
     done = plan(f"model.path={sizes_alone}", f"run.dir={tmp_path / 'run'}", *settings)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"minitron: {said}")
+    assert done.err.startswith(f"minitron: {said.replace('SIZES', str(sizes_alone))}")
     assert done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -109,6 +129,7 @@ def test_plans_that_cannot_be_made(plan, sizes_alone, tmp_path, settings, said):
     ("setting", "said"),
     [
         ("model.shape={}", "model.path=???: plan needs at least one of model.path, model.shape"),
+        ("model.shape={hidden_size: 64}", "model.shape={hidden_size: 64}: model.shape.model_type is needed, such as llama"),
         ("model.shape={model_type: rwkv}", "model.shape: model_type 'rwkv' is not supported"),
         ("model.shape={model_type: llama, hidden_size: 64}", "model.shape: num_attention_heads=None: a positive whole number is needed"),
         ("model.path=/no/such/model", "model.path=/no/such/model: no such file or folder"),
