@@ -134,9 +134,11 @@ def records(given: str, setting: str) -> Iterator[Record]:
         if kind is None:
             raise refuse(setting, given, f"a file must end in {' or '.join(KINDS)}")
         yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    else:
-        name, _, config = given.partition(":")
-        yield from datasets.load_dataset(str(path) if path.is_dir() else name, config or None, split="validation", streaming=True)
+        return
+    if path.suffix in KINDS:  # a file's name: the hub need not be asked
+        raise refuse(setting, given, "no such file")
+    name, _, config = given.partition(":")
+    yield from datasets.load_dataset(str(path) if path.is_dir() else name, config or None, split="validation", streaming=True)
 
 
 class Request(NamedTuple):

@@ -80,7 +80,7 @@ def test_what_is_no_question_is_refused(lines, said, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("given", "said"), [("set.txt", "a file must end in .jsonl or .parquet"), ("absent.jsonl", "no file, and no set")])
+@pytest.mark.parametrize(("given", "said"), [("set.txt", "a file must end in .jsonl or .parquet"), ("absent.jsonl", "no such file")])
 def test_what_is_no_file_of_questions_is_refused(given, said, tmp_path):
     (tmp_path / "set.txt").write_text("a")
     with pytest.raises(RequestError, match=said):
