@@ -130,8 +130,7 @@ def main() -> None:
         ladder = next((statistics.mean(rung.losses[name]) for rung in reversed(results.rungs) if name in rung.losses), None)
         rest = [*losses[name][1:], *[None] * len(options.seeds)][: len(options.seeds) - 1]
         rows.append((name, what, candidate.costs["params"] / 1e6, first, ladder, losses[name][0], *rest))
-    columns = {"candidate": "<", "": "<", "M": ".1f", "as cut": ".3f", "in the ladder": ".4f",
-               **{f"alone, seed {seed}": ".4f" for seed in options.seeds}}  # fmt: skip
+    columns = {"candidate": "<", "which": "", "M": ".1f", "as cut": ".3f", "ladder": ".4f", **{f"seed {seed}": ".4f" for seed in options.seeds}}
     apart = [sum(spent[name][clock] for name in finalists) for clock in (0, 1)]
     winner = min(finalists, key=lambda name: losses[name][0])
     notes = [
@@ -139,7 +138,7 @@ def main() -> None:
         f"of {cfg.train.global_batch_size * cfg.train.seq_length:,} tokens; {cfg.dtype}; nats per token on {cfg.search.tokens:,} held-out tokens",
         f"the ladder took {taken[0]:.0f} s, the {len(finalists)} separate distillations {apart[0]:.0f} s: ratio {taken[0] / apart[0]:.2f}; by "
         f"processor time {taken[1]:.0f} and {apart[1]:.0f} s: ratio {taken[1] / apart[1]:.2f}",
-        f"it chose {results.chosen}, and {winner} is the best of those distilled separately with its seed",
+        f"seed N: distilled alone; the ladder chose {results.chosen}, and {winner} is the best of those distilled separately with its seed",
         "Kendall's tau from rung to rung: " + ", ".join("–" if rung.tau is None else f"{rung.tau:.2f}" for rung in results.rungs[1:]),
     ]
     publish("A search within a budget", columns, rows, notes, options.json)
