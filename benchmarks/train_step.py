@@ -205,7 +205,8 @@ def measure(dtype: str, repeats: int, overrides: list[str], clock: Callable[[], 
             seconds: dict[str, list[Laps]] = {name: [] for name in sides}
             last: dict[str, float] = {}
             for number in range(repeats + 1):
-                turn = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]  # what a side leaves in memory meets each of the others
+                turn = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]  # what a side leaves in memory meets each of the others:
+                turn = turn[::-1] if number % 2 else turn  # in one direction alone, each side would mostly follow the same one
                 for name in turn:
                     last[name], laps = sides[name].step()
                     if number > 0:  # the first step also allocates

@@ -1,6 +1,6 @@
 """What a sharded model makes of text: language-model loss, perplexity, speed.
 
-Legend: B microbatch, S sequence (a context rank's part), T = S + 1 tokens, H hidden.
+Legend: B microbatch, S sequence (a context rank's part), T = S + 1 tokens, N = B x S, H hidden, v vocabulary rows of this rank.
 """
 
 import dataclasses
@@ -59,9 +59,9 @@ def language_model_score(model: Model, batches: Iterable[tuple[Tensor, Tensor]],
 def position_losses(model: Model, hidden_SBH: Tensor, tokens_BT: Tensor, world: World) -> Tensor:
     """Cross-entropy in nats of the prediction made at each position that this context rank holds, fp32 [B, S]; from last hidden states."""
     labels_BS = local_part(tokens_BT[:, 1:], world).to(world.device)
-    hidden = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
+    hidden_NH = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
     weight_vH, first = live_head(model, world)
-    return token_losses(hidden, weight_vH, first, labels_BS.flatten(), world).view_as(labels_BS)
+    return token_losses(hidden_NH, weight_vH, first, labels_BS.flatten(), world).view_as(labels_BS)
 
 
 def from_last_stages(sums: Tensor, world: World) -> Tensor:

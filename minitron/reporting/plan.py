@@ -9,15 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron.arch.counts import scaled
+from minitron.reporting import standing
 from minitron.reporting.console import fitting
+from minitron.reporting.standing import COSTS, PARAMETERS
 from minitron.reporting.wording import ABSENT, counted, percent, ratio
-from minitron.search.candidates import SIZES, Candidate, Plan
+from minitron.search.candidates import Candidate, Plan
 
 # columns that a narrow terminal goes without, the first one first; candidates have their sizes in their names
 LEFT_OUT = ("KV", "non-embedding", "GFLOP/token", "memory", "share", "heads", "MLP", "hidden", "layers")
-BUDGETED = {"params": "params", "non-embedding": "non_embedding_params", "active": "active_params", "memory": "memory_gb",
-            "GFLOP/token": "gflops_per_token", "latency": "latency_ms"}  # fmt: skip
-HEADINGS = dict(zip(SIZES, ("layers", "hidden", "MLP", "heads", "KV"), strict=True))
+BUDGETED = {heading: name for name, (heading, _) in COSTS.items()}
+HEADINGS = {**standing.HEADINGS, "num_query_groups": "KV"}  # narrower
 
 
 def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | None = None) -> None:
@@ -45,16 +46,20 @@ def _size(name: str, model: Candidate) -> str:
     return f"{model.sizes[name]:,}"
 
 
+def _cost(name: str, model: Candidate) -> str:
+    if name not in model.costs:
+        return ABSENT
+    amount = model.costs[name]
+    return scaled(amount, 2) if name in PARAMETERS else COSTS[name][1](amount)  # as many digits as published counts have
+
+
 def _models(plan: Plan, left_out: Sequence[str], asked: Collection[str]) -> Table:
+    costs = {heading: functools.partial(_cost, name) for heading, name in BUDGETED.items()}
     columns: dict[str, Callable[[Candidate], str]] = {
         **{heading: functools.partial(_size, name) for name, heading in HEADINGS.items()},
-        "params": lambda model: scaled(model.costs["params"], 2),
+        "params": costs["params"],
         "share": lambda model: percent(ratio(model.costs["params"], plan.original.costs["params"])),
-        "non-embedding": lambda model: scaled(model.costs["non_embedding_params"], 2),
-        "active": lambda model: scaled(model.costs["active_params"], 2),
-        "memory": lambda model: f"{model.costs['memory_gb']:.3g} GB",
-        "GFLOP/token": lambda model: f"{model.costs['gflops_per_token']:.3g}",
-        "latency": lambda model: f"{model.costs['latency_ms']:.3g} ms" if "latency_ms" in model.costs else ABSENT,
+        **costs,
     }
     where = {"latency": any("latency_ms" in model.costs for model in plan.models), "active": "active_params" in asked}
     shown = {heading: write for heading, write in columns.items() if heading not in left_out and where.get(heading, True)}

@@ -138,8 +138,7 @@ def check_sizes(target: Target, sizes: dict[str, int]) -> None:
 
     Where the first model's own sizes are not known before it is fetched or converted, no more can be told.
     """
-    asked = {field.name: getattr(target, field.name) for field in dataclasses.fields(target) if field.default is None}
-    cuts = {name: size for name, size in asked.items() if size is not None}
+    cuts = target.sizes
     for name, size in cuts.items():
         if isinstance(size, int) and size > sizes.get(name, size):
             raise refuse(f"target.{name}", size, f"the model before has {sizes[name]}: pruning can only make it smaller")
