@@ -4,8 +4,13 @@ Both sides train the same model on the same samples in one process, in turns, wi
 loop: its data, its loss, `Trainer.update`, and what `fit` does around a step (figures, metrics.jsonl). `Megatron` is what one would write
 by hand: GPTModel in DistributedDataParallel, the distributed optimizer, Megatron's schedule, tokens read from a tensor in memory, and
   whole logits:  its output layer and vocabulary-parallel cross-entropy, [tokens, vocabulary] in fp32;
-  fused loss:    this project's loss on the last hidden states instead, so that what is left between the two is the trainer.
+  fused loss:    this project's loss on the last hidden states instead, so that what is left between the two is the trainer;
+  again:         a second one of the last: what tells it from the first is chance, and so is as much between the others.
 Nothing else of minitron is in it but how the model is built and its weights are read.
+
+A step of seconds can't be told from another to a hundredth on a machine that does anything else. So three things are looked at: the seconds; the
+operators that the two sides run in a step, counted, and the time of those that only one of them runs; and the seconds of a model of as many layers
+so narrow that its arithmetic takes no time, where what a loop does besides is what is left.
 """
 
 import dataclasses
@@ -16,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import arguments, publish
@@ -185,44 +190,84 @@ class Plain:
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+OURS, FUSED, WHOLE, AGAIN = "minitron train", "Megatron, fused loss", "Megatron, whole logits", "Megatron, fused loss, again"
+WORDS = ("Document", "The", "quick", "brown", "fox", ".")
 
 
-def measure(dtype: str, repeats: int, overrides: list[str], clock: Callable[[], float]) -> list[tuple[Any, ...]]:
-    """Rows of the table: the median seconds of each part, in turns."""
+def narrow(folder: Path) -> str:
+    """Writes a random model of SmolLM2's layers and heads, 72 channels wide, with a tokenizer of a few words; the setting that names it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(("<end>", *WORDS))}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    sizes = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1 + len(WORDS), tie_word_embeddings=True, **sizes)).save_pretrained(folder)
+    return f'model.path="{folder}"'
+
+
+class Operators(NamedTuple):
+    """What torch's profiler saw of a step of each side: how many operators, and the seconds of those that this side runs more of than the other."""
+
+    count: int
+    more: float
+
+
+def operators(one: Callable[[], Any], other: Callable[[], Any]) -> list[Operators]:
+    """Of a step of each."""
+    seen: list[dict[str, tuple[int, float]]] = []
+    for step in (one, other):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        seen.append({event.key: (event.count, event.self_cpu_time_total / 1e6) for event in profile.key_averages()})
+    found = []
+    for mine, theirs in (seen, seen[::-1]):
+        more = {name: count - theirs.get(name, (0, 0.0))[0] for name, (count, _) in mine.items()}
+        took = sum(extra * mine[name][1] / mine[name][0] for name, extra in more.items() if extra > 0)  # at the mean of their kind
+        found.append(Operators(sum(count for count, _ in mine.values()), took))
+    return found
+
+
+def measure(
+    dtype: str, repeats: int, model: str, overrides: list[str], clock: Callable[[], float]
+) -> tuple[dict[str, list[Laps]], dict[str, float], list[Operators]]:
+    """Seconds of each part of every step of each side, in turns; each side's last loss; operators of minitron's step and of the plain one's."""
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "text.jsonl")
-        text.write_text("".join(json.dumps({"text": f"Document {number}. " + "The quick brown fox. " * 400}) + "\n" for number in range(40)))
-        model = ["model=smollm2_135m", f'data.train="{text}"', f'run.dir="{scratch}/run"', f"train.steps={repeats + 1}", "train.warmup_steps=1"]
+        text.write_text("".join(json.dumps({"text": f"Document {number} . " + "The quick brown fox . " * 400}) + "\n" for number in range(40)))
+        steps = repeats + 2  # the first also allocates, the last is looked into
+        files = [model, f'data.train="{text}"', f'run.dir="{scratch}/run"', f"train.steps={steps}", "train.warmup_steps=1"]
         sizes = ["train.seq_length=256", "train.global_batch_size=4", "train.eval_tokens=256", "logging.progress=false"]
-        with session(compose("train", [*model, *sizes, *overrides, f"dtype={dtype}"]), "train") as opened:
-            steps = (step_batches(opened.training_samples, opened.cfg, opened.world, step) for step in range(repeats + 1))
-            batches = [torch.cat([batch.tokens_BT for batch in step]) for step in steps]
-            sides = {
-                "minitron train": Ours(opened, Watch(clock)),
-                "Megatron, fused loss": Plain(opened, batches, fused=True, watch=Watch(clock)),
-                "Megatron, whole logits": Plain(opened, batches, fused=False, watch=Watch(clock)),
+        with session(compose("train", [*files, *sizes, *overrides, f"dtype={dtype}"]), "train") as opened:
+            made = (step_batches(opened.training_samples, opened.cfg, opened.world, step) for step in range(steps))
+            batches = [torch.cat([batch.tokens_BT for batch in step]) for step in made]
+            sides: dict[str, Ours | Plain] = {
+                FUSED: Plain(opened, batches, fused=True, watch=Watch(clock)),
+                OURS: Ours(opened, Watch(clock)),
+                AGAIN: Plain(opened, batches, fused=True, watch=Watch(clock)),
+                WHOLE: Plain(opened, batches, fused=False, watch=Watch(clock)),
             }
             seconds: dict[str, list[Laps]] = {name: [] for name in sides}
             last: dict[str, float] = {}
             for number in range(repeats + 1):
                 turn = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]  # what a side leaves in memory meets each of the others:
-                turn = turn[::-1] if number % 2 else turn  # in one direction alone, each side would mostly follow the same one
+                turn = turn[::-1] if number // len(sides) % 2 else turn  # in one direction alone, each side would mostly follow the same one
                 for name in turn:
                     last[name], laps = sides[name].step()
-                    if number > 0:  # the first step also allocates
+                    if number > 0:
                         seconds[name].append({**laps, "total": sum(laps.values())})
-    names = (*PARTS, "total")
-    rows: list[tuple[Any, ...]] = []
-    for name, found in seconds.items():
-        rows.append((f"{name}, {dtype}", last[name], *(statistics.median(one[part] for one in found) for part in names)))
-    ours, *others = seconds
-    for other in others:
-        ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seconds[ours], seconds[other], strict=True))
-        rows.append((f"{ours} / {other}, {dtype}", None, *[None] * len(PARTS), ratio))
-        # what others do on a machine only ever adds to a step: the quickest steps are the least disturbed
-        quickest = [sum(sorted(one["total"] for one in seconds[name])[: max(1, repeats // 4)]) for name in (ours, other)]
-        rows.append((f"the same of the quickest quarter, {dtype}", None, *[None] * len(PARTS), quickest[0] / quickest[1]))
-    return rows
+            return seconds, last, operators(sides[OURS].step, sides[FUSED].step)
+
+
+def compared(name: str, seconds: dict[str, list[Laps]], other: str) -> list[tuple[Any, ...]]:
+    """Rows: a side's step over another's."""
+    ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seconds[name], seconds[other], strict=True))
+    # what others do on a machine only ever adds to a step: the quickest steps are the least disturbed
+    count = max(1, len(seconds[name]) // 4)
+    quickest = [sum(sorted(one["total"] for one in seconds[side])[:count]) for side in (name, other)]
+    blank = [None] * (1 + len(PARTS))
+    return [(f"{name} / {other}", *blank, ratio), ("  the same of the quickest quarter", *blank, quickest[0] / quickest[1])]
 
 
 def main() -> None:
@@ -232,12 +277,30 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE", help="settings of minitron, such as train.seq_length=128")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: processor time, for a machine that others use too (default: wall)")
     options = parser.parse_args()
-    rows = [row for dtype in options.dtypes for row in measure(dtype, options.repeats, options.set, CLOCKS[options.clock])]
-    columns = {"side": "<", "last loss": ".4f", **dict.fromkeys((*PARTS, "total"), ".3f")}
+    names, rows = (*PARTS, "total"), []
     notes = [
         f"seconds ({options.clock}), medians of {options.repeats} steps after one that is not counted; ratios: of the same turn, the median",
         "last loss: all sides after the same steps on the same samples",
     ]
+    for dtype in options.dtypes:
+        seconds, last, (mine, theirs) = measure(dtype, options.repeats, "model=smollm2_135m", options.set, CLOCKS[options.clock])
+        for name, found in seconds.items():
+            rows.append((f"{name}, {dtype}", last[name], *(statistics.median(one[part] for one in found) for part in names)))
+        for other in (FUSED, AGAIN, WHOLE):
+            rows += compared(OURS, seconds, other)
+        rows += compared(AGAIN, seconds, FUSED)
+        step = statistics.median(one["total"] for one in seconds[FUSED])
+        with tempfile.TemporaryDirectory() as folder:
+            thin, _, _ = measure(dtype, 5 * options.repeats, narrow(Path(folder)), options.set, CLOCKS[options.clock])
+        added, chance = (statistics.median(a["total"] - b["total"] for a, b in zip(thin[name], thin[FUSED], strict=True)) for name in (OURS, AGAIN))
+        share, thin_step = added / step, statistics.median(one["total"] for one in thin[FUSED])
+        notes += [
+            f"{dtype}, operators of a step: {mine.count:,} here, {theirs.count:,} in the plain loop with the fused loss; those that one has more of "
+            f"took {mine.more * 1000:.2f} and {theirs.more * 1000:.2f} ms: {mine.more / step:.3%} and {theirs.more / step:.3%} of a step",
+            f"{dtype}, the narrow model: {added * 1000:+.2f} ms on a step of {thin_step * 1000:.1f} ms, {share:.2%} of SmolLM2's step "
+            f"(the plain loop against itself: {chance * 1000:+.2f} ms)",
+        ]
+    columns = {"side": "<", "last loss": ".4f", **dict.fromkeys(names, ".3f")}
     publish("One training step", columns, rows, notes, options.json)
 
 
