@@ -43,9 +43,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["minitron", "minitron.*"]), "minitron.configs"],
-    package_dir={"minitron.configs": "configs"},  # beside the package in a checkout, inside it once installed
-    package_data={"minitron.configs": ["*.yaml", "*/*.yaml"]},
+    packages=[*find_packages(include=["minitron", "minitron.*"]), "minitron.configs", "minitron.launch"],
+    package_dir={"minitron.configs": "configs", "minitron.launch": "launch"},  # beside the package in a checkout, inside it once installed
+    package_data={"minitron.configs": ["*.yaml", "*/*.yaml"], "minitron.launch": ["slurm.sbatch"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron = minitron.cli:main"]},

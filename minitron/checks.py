@@ -79,6 +79,8 @@ def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = Non
     trains, distils = VERBS[verb].trains, "distill" in groups
     if searches(cfg, verb):
         check_search(cfg, verb)
+    elif verb == "compress" and cfg.run.until == "search":
+        raise refuse("run.until", "search", "no budget is set that could be searched for; another stage is needed")
     for name in SINKS if trains else ():
         if getattr(cfg.logging, name) and importlib.util.find_spec(name) is None:
             raise absent(name)

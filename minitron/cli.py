@@ -1,5 +1,6 @@
-"""The command line: `minitron VERB [--help] [--cfg] [SETTING=VALUE ...]`."""
+"""The command line: `minitron VERB [--help] [--cfg] [SETTING=VALUE ...]`, and `minitron submit VERB ...`."""
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -7,12 +8,14 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import minitron
 from minitron.config.compose import compose, to_yaml
 from minitron.config.help import overview, verb_help
 from minitron.config.verbs import VERBS
 from minitron.errors import EXIT_DEFECT, EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError, Stopped, say_once
+from minitron.files import write_text
 
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 NARROWEST, WIDEST = 60, 120  # characters per line of help, whatever the terminal
@@ -29,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except RequestError as error:
         say_once(str(error))
+        leave_word(str(error))
         return EXIT_REQUEST
     except Stopped as stopped:
         if not stopped.said:
@@ -44,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(words: list[str], flags: set[str]) -> int:
     """Help, the composed settings, or the verb itself."""
+    own = {flag: verb for verb, entry in VERBS.items() for flag, _ in entry.flags}
     for flag in flags.difference(FLAGS):
-        raise RequestError(f"{flag}: no such option; the options are {', '.join(FLAGS)}, everything else is SETTING=VALUE")
+        if flag not in own:
+            raise RequestError(f"{flag}: no such option; the options are {', '.join(FLAGS)}, everything else is SETTING=VALUE")
+        if words[:1] != [own[flag]]:
+            raise RequestError(f"{flag}: minitron {own[flag]} alone has this option")
     if "--version" in flags:
         show(f"minitron {minitron.__version__}")
         return EXIT_DONE
@@ -55,18 +63,39 @@ def run(words: list[str], flags: set[str]) -> int:
         show(overview(width))
         return EXIT_DONE if wants_help else EXIT_REQUEST
     verb, *overrides = words
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        raise RequestError(f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"))
+    check_verb(verb)
     if wants_help:
         show(verb_help(verb, width))
         return EXIT_DONE
+    stage = f"minitron.stages.{verb}"
+    if VERBS[verb].carries:
+        if not overrides:
+            raise RequestError(f"minitron {verb}: the verb to {verb} is needed: minitron {verb} VERB [SETTING=VALUE ...]")
+        check_verb(overrides[0])
+        if "--cfg" not in flags:
+            importlib.import_module(stage).run(overrides[0], overrides[1:], flags)
+            return EXIT_DONE
+        verb, *overrides = overrides
     config = compose(verb, overrides, complete="--cfg" not in flags)
     if "--cfg" in flags:
         show(to_yaml(config).rstrip())
     else:
-        importlib.import_module(f"minitron.stages.{verb}").run(config)
+        importlib.import_module(stage).run(config)
     return EXIT_DONE
+
+
+def check_verb(verb: str) -> None:
+    """Refuse a verb that there is not."""
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        raise RequestError(f"{verb}: no such verb; " + (f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"))
+
+
+def leave_word(refusal: str) -> None:
+    """Tell the batch script that started this rank, if one did, that there is no use in trying again: torchrun does not pass exit codes on."""
+    if file := os.environ.get("MINITRON_REFUSAL"):
+        with contextlib.suppress(RequestError):  # where nothing can be written, it tries again for a few times
+            write_text(Path(file), refusal + "\n")
 
 
 def show(text: str) -> None:

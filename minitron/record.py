@@ -17,9 +17,11 @@ from minitron.config.schema import Config
 from minitron.config.verbs import VERBS, groups_of, measures_again, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+from minitron.launching.slurm import FOLDER as SLURM
 from minitron.search.candidates import PLAN
 
 RECORD, LOCK = "stages.json", ".lock"
+BEFORE = (PLAN, SLURM)  # what may be in a folder before a run is: its plan, the scripts that queue it
 # the stages in order, each reading what those before it made, and the file without which a stage's work is to be done again
 ARTIFACTS = {
     "data": "data/manifest.json", "calibrate": "importance.safetensors", "search": "candidates.json", "prune": "pruned/arch.json",
@@ -110,8 +112,8 @@ def trained(folder: Path) -> int:
 
 
 def holds_others(folder: Path) -> bool:
-    """Whether a folder holds files and is not a run's; a plan may have been there before the run."""
-    return not (folder / RECORD).exists() and any(not path.name.startswith(".") and path.name != PLAN for path in folder.iterdir())
+    """Whether a folder holds files and is not a run's."""
+    return not (folder / RECORD).exists() and any(not path.name.startswith(".") and path.name not in BEFORE for path in folder.iterdir())
 
 
 def own(folder: Path, setting: str = "run.dir", whose: str = "a run's", is_other: Callable[[Path], bool] = holds_others) -> None:
@@ -188,19 +190,24 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
     if not (folder / RECORD).exists():
         write_json(folder / RECORD, {})
     mine, record = settings_of(cfg, verb, free=False), read_json(folder / RECORD)
-    check_kind(folder, record, verb)
-    made_here = MADE_HERE.get(verb, ())
-    for stage, theirs in bound(folder, record):
-        for name in sorted(set(mine) & set(theirs)):
-            if name not in made_here and mine[name] != theirs[name]:
-                made = f"run.dir={folder} belongs to a run whose {stage} was made with {name}={shown(theirs[name])}"
-                raise refuse(name, mine[name], f"{made}; use that, or another run.dir")
+    check_bound(folder, record, cfg, verb)
     write_config(folder / "config.yaml", cfg, verb)
     if VERBS[verb].trains and verb != "search" and (step := trained(folder)):
         before = record.get("train" if verb == "train" else "distill", {"settings": {}})["settings"]
         changed = [f"{name}={shown(mine[name])} (before: {shown(before[name])})" for name in ADJUSTABLE if before.get(name, mine[name]) != mine[name]]
         if changed:
             say_once(f"{', '.join(changed)} from step {step + 1} on")
+
+
+def check_bound(folder: Path, record: dict[str, Any], cfg: Config, verb: str) -> None:
+    """Refuse settings that differ from those of what is done in the folder already; the first of them is named."""
+    check_kind(folder, record, verb)
+    mine, made_here = settings_of(cfg, verb, free=False), MADE_HERE.get(verb, ())
+    for stage, theirs in bound(folder, record):
+        for name in sorted(set(mine) & set(theirs)):
+            if name not in made_here and mine[name] != theirs[name]:
+                made = f"run.dir={folder} belongs to a run whose {stage} was made with {name}={shown(theirs[name])}"
+                raise refuse(name, mine[name], f"{made}; use that, or another run.dir")
 
 
 def check_kind(folder: Path, record: dict[str, Any], verb: str) -> None:

@@ -43,16 +43,18 @@ def overview(width: int) -> str:
 
 def verb_help(verb: str, width: int) -> str:
     """`minitron VERB --help`: every setting the verb reads, with its default, meaning, type and allowed values."""
-    summary, read, needs, _ = VERBS[verb]
+    summary, read, needs, _, flags, carries = VERBS[verb]
     usage = [
-        (f"minitron {verb} [recipe=NAME] [SETTING=VALUE ...]", ""),
+        (f"minitron {verb} {'VERB ' if carries else ''}[recipe=NAME] [SETTING=VALUE ...]", ""),
         (f"torchrun --nproc-per-node=8 -m minitron {verb} ...", "the same on eight GPUs"),
         (f"minitron {verb} ... --cfg", "print the composed settings as YAML, run nothing"),
+        *((f"minitron {verb} ... {flag}", meaning) for flag, meaning in flags),
     ]
-    alone = "parallel" not in read or "run.dir" not in needs  # what needs no folder works with settings alone, in one process
+    if "parallel" not in read or "run.dir" not in needs:  # what needs no folder works with settings alone, in one process
+        del usage[1]
     lines = [
         *paragraph(f"minitron {verb}: {summary}", width, ""),
-        *section("usage", rows(usage[::2] if alone else usage, width)),
+        *section("usage", rows(usage, width)),
         *section("must be set", [line for need in needs for line in paragraph(need.replace(" | ", " or "), width, "  ", hang="    ")]),
         *section("ready-made choices", rows(ready_made([group for group in groups() if group in ("recipe", *read)]), width)),
     ]

@@ -1,12 +1,13 @@
 """Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
 
-This file is the only place where a default lives; the YAML files under `configs/` hold choices that differ from it.
+This file, with cluster.py for SLURM, is the only place where a default lives; the YAML files under `configs/` hold choices that differ from it.
 `setting(default, "meaning", ...)` (setting.py) carries what `--help` prints and the simple checks.
 """
 
 import dataclasses
 from typing import Any
 
+from minitron.config.cluster import Slurm
 from minitron.config.setting import MISSING, setting
 from minitron.errors import refuse
 
@@ -21,6 +22,8 @@ class Run:
     checkpoint: str | int = setting(
         "last", "which of the training's checkpoints evaluate and export read: last, best (least validation loss), or the step of one"
     )
+    until: str | None = setting(None, "stage after which minitron compress ends; the same command without it goes on (null: the last one)",
+                                allowed=("data", "calibrate", "search", "prune", "distill", "evaluate"))  # fmt: skip
 
     def __post_init__(self) -> None:
         if isinstance(self.checkpoint, str) and self.checkpoint not in ("last", "best"):
@@ -423,6 +426,7 @@ class Config:
     family: Family = dataclasses.field(default_factory=Family)
     eval: Eval = dataclasses.field(default_factory=Eval)
     logging: Logging = dataclasses.field(default_factory=Logging)
+    slurm: Slurm = dataclasses.field(default_factory=Slurm)
     device: str = setting("auto", "where to compute; auto takes a GPU where there is one", allowed=("auto", "cpu", "cuda"))
     spec: str = setting("auto", "modules of the blocks when training and evaluating; auto takes Transformer Engine's where a GPU has it",
                         allowed=("auto", "torch", "transformer_engine"))  # fmt: skip

@@ -12,12 +12,17 @@ COMMON = ("device", "spec", "dtype", "seed")
 
 
 class Verb(NamedTuple):
-    """`needs` names settings without which the verb is refused; `a | b` means at least one of them. `trains`: takes optimizer steps."""
+    """`needs` names settings without which the verb is refused; `a | b` means at least one of them. `trains`: takes optimizer steps.
+
+    `flags`: options that it alone has, with their meaning. `carries`: its name is followed by another verb's, whose settings it passes on.
+    """
 
     summary: str
     groups: tuple[str, ...]
     needs: tuple[str, ...]
     trains: bool = False
+    flags: tuple[tuple[str, str], ...] = ()
+    carries: bool = False
 
 
 VERBS: dict[str, Verb] = {
@@ -86,8 +91,15 @@ VERBS: dict[str, Verb] = {
         ("run", "model", "parallel", *COMMON),
         ("run.dir", "model.path"),
     ),
+    "submit": Verb(
+        "queue another verb on a SLURM cluster: a job, a chain of jobs, or an array of them for a sweep over settings",
+        ("run", "slurm"),
+        ("run.dir",),
+        flags=(("--dry-run", "print the batch scripts, queue nothing"), ("--sweep", "a run for each combination of SETTING=A,B,C, in run.dir/NAME")),
+        carries=True,
+    ),
     "summary": Verb(
-        "what a run came to so far, on the console, also while it runs: stages, steps, losses, speed, checkpoints, evaluation",
+        "what a run, or a sweep of runs, came to so far, on the console, also while it runs: stages, steps, losses, speed, checkpoints, evaluation",
         ("run",),
         ("run.dir",),
     ),
@@ -102,6 +114,7 @@ VERBS: dict[str, Verb] = {
 # settings that not every verb with their group reads: those that do
 READERS = {
     "model.shape": ("plan",),
+    "run.until": ("compress",),
     "run.checkpoint": ("compress", "family", "evaluate", "export"),
     "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
 }

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from minitron.config.layout import check_layout
 from minitron.config.schema import Parallel
 from minitron.engine.host import on_host
 from minitron.engine.peers import Lookout
@@ -79,19 +80,6 @@ def pick_device(setting: str) -> torch.device:
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def check_layout(parallel: Parallel, world_size: int) -> None:
-    """Refuse a layout that does not fit the number of processes, or that this version can't run."""
-    if parallel.ep != 1:
-        raise refuse("parallel.ep", parallel.ep, "only 1 is supported")
-    if parallel.vpp > 1 and parallel.pp == 1:
-        raise refuse("parallel.vpp", parallel.vpp, "virtual stages need parallel.pp of at least 2")
-    ranks = parallel.tp * parallel.pp * parallel.cp
-    if world_size % ranks:
-        raise refuse("parallel.tp", parallel.tp, f"tp x pp x cp = {ranks} must divide the number of processes, {world_size}")
-    if parallel.sp and parallel.tp == 1:
-        raise refuse("parallel.sp", parallel.sp, "sequence parallelism needs parallel.tp of at least 2")
 
 
 @contextlib.contextmanager

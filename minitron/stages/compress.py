@@ -8,7 +8,7 @@ from minitron import engine
 from minitron.checks import searches
 from minitron.config.schema import Config
 from minitron.files import read_json
-from minitron.reporting.console import final_table, stage_banner
+from minitron.reporting.console import final_table, say, stage_banner
 from minitron.reporting.report import write_report
 from minitron.session import Session, session
 from minitron.stages import calibrate, data, distill, evaluate, export, prune, search
@@ -27,8 +27,8 @@ def run(cfg: Config) -> None:
 
 
 def work(opened: Session) -> None:
-    """Do the stages in order, report."""
-    stages = {verb: stage for verb, stage in STAGES.items() if verb != "search" or searches(opened.cfg, "compress")}
+    """Do the stages in order, up to run.until or with the report."""
+    stages, until = {verb: stage for verb, stage in STAGES.items() if verb != "search" or searches(opened.cfg, "compress")}, opened.cfg.run.until
     for number, (verb, stage) in enumerate(stages.items(), start=1):
         # a stage that begins anew marks those after it as out of date
         done = opened.is_done(verb)
@@ -40,6 +40,10 @@ def work(opened: Session) -> None:
             stage(opened)
         if verb == "data" and opened.cfg.teacher.cache.folder is not None and not opened.is_done("distill"):
             fitting_cache(opened)  # a cache of another text is refused before any work
+        if verb == until:
+            if opened.world.is_main:
+                say(f"run.until={until}: this is done, the same command without it goes on")
+            return
     engine.on_main(opened.world, lambda: finish(opened, len(stages) + 1))
 
 

@@ -19,10 +19,9 @@ from minitron.config.schema import Config, Family, Model, Target
 from minitron.data.manifest import Manifest
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import target_arch
-from minitron.record import RECORD, flat
+from minitron.record import BEFORE, RECORD, flat
 from minitron.reporting.console import stage_banner
 from minitron.reporting.family import FILE, Member, member, original, show_family, write_family
-from minitron.search.candidates import PLAN
 from minitron.session import end_on_signal, session
 from minitron.stages import compress
 from minitron.weights.source import locate
@@ -99,7 +98,7 @@ def check_folder(cfg: Config) -> None:
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name) or name in (ORIGINAL, FILE):
             raise refuse("family.steps", name, f"a name of letters, digits, _, - and . is needed, other than {ORIGINAL}")
-    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != PLAN) if folder.is_dir() else []
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in BEFORE) if folder.is_dir() else []
     if RECORD in there or (FILE not in there and {*there} - {*names}):
         raise refuse("run.dir", folder, "the folder holds files that are not a family's; an empty or new folder is needed")
 
@@ -108,7 +107,7 @@ def settings_of(cfg: Config, name: str, words: list[str]) -> Config:
     """The settings of one step: the chain's, what the chain decides, then the step's own."""
     steps = list(cfg.family.steps)
     number, folder = steps.index(name), Path(cfg.run.dir)
-    base = dataclasses.replace(cfg, family=Family(), run=dataclasses.replace(cfg.run, dir=str(folder / name)))
+    base = dataclasses.replace(cfg, family=Family(), run=dataclasses.replace(cfg.run, dir=str(folder / name), until=None))
     if number:
         before = str(folder / steps[number - 1] / "hf")
         teacher = before if cfg.family.teacher == "previous" else original_path(cfg)

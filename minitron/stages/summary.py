@@ -8,6 +8,7 @@ from minitron.files import read_json
 from minitron.record import RECORD, at_work
 from minitron.reporting.family import read_family, show_family
 from minitron.reporting.summary import show_summary, stage_states
+from minitron.reporting.sweep import read_sweep, show_sweep
 
 
 def run(cfg: Config) -> None:
@@ -15,6 +16,9 @@ def run(cfg: Config) -> None:
     folder = Path(cfg.run.dir)
     if read_family(folder):
         show_family(folder)
+        return
+    if read_sweep(folder):
+        show_sweep(folder)
         return
     if not (folder / RECORD).is_file():
         raise refuse("run.dir", folder, "the folder of a run is needed")

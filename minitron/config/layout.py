@@ -1,0 +1,17 @@
+"""Whether a layout fits a number of processes: from the settings alone."""
+
+from minitron.config.schema import Parallel
+from minitron.errors import refuse
+
+
+def check_layout(parallel: Parallel, world_size: int) -> None:
+    """Refuse a layout that does not fit the number of processes, or that this version can't run."""
+    if parallel.ep != 1:
+        raise refuse("parallel.ep", parallel.ep, "only 1 is supported")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise refuse("parallel.vpp", parallel.vpp, "virtual stages need parallel.pp of at least 2")
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if world_size % ranks:
+        raise refuse("parallel.tp", parallel.tp, f"tp x pp x cp = {ranks} must divide the number of processes, {world_size}")
+    if parallel.sp and parallel.tp == 1:
+        raise refuse("parallel.sp", parallel.sp, "sequence parallelism needs parallel.tp of at least 2")
