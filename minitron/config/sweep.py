@@ -21,12 +21,10 @@ def expand(words: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
     for combination in itertools.product(*swept.values()):
         chosen = dict(zip(swept, combination, strict=True))
         runs.append(([f"{key}={chosen[key]}" if (key := parsed(word).key_or_group) in chosen else word for word in words], chosen))
-    for short in (True, False):
-        names = [name_of(chosen, short) for _, chosen in runs]
-        if len({*names}) == len(names):
-            return dict(zip(names, runs, strict=True))
-    twice = next(name for name in names if names.count(name) > 1)
-    raise RequestError(f"--sweep: two of the runs would have the same name, {twice}")
+    names = [name_of(chosen) for _, chosen in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"--sweep: two of the runs would have the same name, {twice[0]}")
+    return dict(zip(names, runs, strict=True))
 
 
 def values_of(override: Any) -> list[str]:
@@ -43,7 +41,9 @@ def values_of(override: Any) -> list[str]:
     return [*override.sweep_string_iterator()]
 
 
-def name_of(chosen: dict[str, str], short: bool) -> str:
-    """What a run is called: the choices among configs/ by themselves, settings with their name, the last part of it if that is to be `short`."""
-    parts = [value if key in groups() else f"{key.rpartition('.')[2] if short else key}-{value}" for key, value in chosen.items()]
-    return re.sub(r"[^\w.+-]+", "_", "_".join(parts)).strip("_")
+def name_of(chosen: dict[str, str]) -> str:
+    """What a run is called: choices among configs/ by themselves, settings after the last part of their name, or all of it where two end alike."""
+    ends = [key.rpartition(".")[2] for key in chosen]
+    short = {key: end if ends.count(end) == 1 else key for key, end in zip(chosen, ends, strict=True)}
+    parts = [value if key in groups() else f"{short[key]}-{value}" for key, value in chosen.items()]
+    return re.sub(r"[^\w.+-]+", "_", "_".join(parts).replace("'", "").replace('"', "")).strip("_")

@@ -144,7 +144,7 @@ def command(verb: str, task: Task) -> list[str]:
 
 def setting(name: str, value: str) -> str:
     """A setting whose value is any text, in Hydra's syntax."""
-    if re.fullmatch(r"[\w./-]*[A-Za-z/_][\w./-]*", value):
+    if re.fullmatch(r"/[\w./-]*", value):
         return f"{name}={value}"
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
     return f"{name}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
@@ -159,7 +159,12 @@ def container(job: Job) -> list[str]:
     pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
     if slurm.runtime == "pyxis":
         words = [f"--container-image={slurm.container}", f"--container-mounts={','.join(pairs)}", f"--container-workdir={job.here}"]
-        return [f"container=({shlex.join(words)})", "inside=()"]
+        return [f"container=({joined(words)})", "inside=()"]
     gpus = ["--nv"] if slurm.gpus_per_node else []
     binds = [word for pair in pairs for word in ("--bind", pair)]
-    return ["container=()", f"inside=({shlex.join(['apptainer', 'exec', *gpus, *binds, '--pwd', str(job.here), slurm.container])})"]
+    return ["container=()", f"inside=({joined(['apptainer', 'exec', *gpus, *binds, '--pwd', str(job.here), slurm.container])})"]
+
+
+def joined(words: Sequence[str]) -> str:
+    """Words of a shell array; those with a comma are quoted too, which some take for a mistake otherwise."""
+    return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
