@@ -8,14 +8,12 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import minitron
 from minitron.config.compose import compose, to_yaml
 from minitron.config.help import overview, verb_help
 from minitron.config.verbs import VERBS
 from minitron.errors import EXIT_DEFECT, EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError, Stopped, say_once
-from minitron.files import write_text
 
 EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
 NARROWEST, WIDEST = 60, 120  # characters per line of help, whatever the terminal
@@ -94,8 +92,9 @@ def check_verb(verb: str) -> None:
 def leave_word(refusal: str) -> None:
     """Tell the batch script that started this rank, if one did, that there is no use in trying again: torchrun does not pass exit codes on."""
     if file := os.environ.get("MINITRON_REFUSAL"):
-        with contextlib.suppress(RequestError):  # where nothing can be written, it tries again for a few times
-            write_text(Path(file), refusal + "\n")
+        # every rank says it and the first is heard; where none can write, the script tries again, a few times
+        with contextlib.suppress(OSError), open(file, "x", encoding="utf-8") as handle:
+            handle.write(f"{refusal}\n")
 
 
 def show(text: str) -> None:
