@@ -1,6 +1,7 @@
 """A sweep: which runs it is made of (`sweep.json`), and one table that compares them, while they run too."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -60,7 +61,7 @@ def entry(folder: Path, chosen: dict[str, str]) -> Entry:
     losses = [evals.get(name, {}).get("loss") for name in MODELS]
     last, shape, seconds = run.metrics[-1] if run.metrics else {}, run.pruned or run.original, values(run.metrics, "step_seconds")
     return Entry(
-        name=folder.name, chosen=chosen, state=state(record), params=result.get("params") or (shape and shape.num_parameters()),
+        name=folder.name, chosen=chosen, state=state(record), params=result.get("params", shape.num_parameters() if shape else None),
         step=last.get("step"), steps=run.setting("train.steps"), tokens=last.get("tokens"),
         seconds=fmean(seconds) * last["step"] if seconds else None, pruned_loss=before.get("loss"),
         loss=result.get("loss", last.get("valid_loss")), perplexity=result.get("perplexity"),
@@ -88,10 +89,14 @@ def show_sweep(folder: Path, console: Console | None = None) -> None:
     )
 
 
+def _setting(key: str, one: Entry) -> str:
+    return one.chosen.get(key, ABSENT)
+
+
 def _table(found: Sequence[Entry], left_out: Sequence[str]) -> Table:
     settings = list(dict.fromkeys(key for one in found for key in one.chosen))
     columns: dict[str, Callable[[Entry], str]] = {
-        **{key: lambda one, key=key: one.chosen.get(key, ABSENT) for key in settings},
+        **{key: functools.partial(_setting, key) for key in settings},
         "params": lambda one: size(one.params),
         "step": lambda one: ABSENT if one.step is None else f"{one.step:,}" + ("" if one.step == one.steps else f" of {one.steps:,}"),
         "tokens": lambda one: size(one.tokens),

@@ -202,6 +202,6 @@ def submit(jobs: Sequence[Job], folder: Path) -> None:
                 cancel(ids)
             raise
         runs = f" for each of {len(one.tasks)} runs" if one.is_array else ""
-        after = f", after job {ids[-2]}" if len(ids) > 1 else ""
+        after = f", after {ids[-2]}" if len(ids) > 1 else ""
         say(f"job {ids[-1]}: {one.name}{runs}, {one.slurm.nodes} x {one.slurm.ranks} ranks{after}; its log: {one.log}")
     say(f"minitron summary run.dir={folder} tells how far it is")

@@ -91,7 +91,7 @@ def test_a_chain_waits_for_each_job_to_end_well(submit, tmp_path):
         f"--parsable --dependency=afterok:7:8 --kill-on-invalid-dep=yes {folder}/calibrate.sbatch",
         f"--parsable --dependency=afterok:41,afterok:7:8 --kill-on-invalid-dep=yes {folder}/distill.sbatch",
     ]
-    assert "job 42: distill, 2 x 2 ranks, after job 41" in out
+    assert "job 42: distill, 2 x 2 ranks, after 41" in out
     first, last = ((folder / f"{name}.sbatch").read_text() for name in ("calibrate", "distill"))
     assert "--nodes=1\n" in first and "parallel.tp=2 \\\n        run.until=calibrate \\\n" in first
     assert "--nodes=2\n" in last and "run.until" not in last.split("# ---- end of settings")[0]
