@@ -263,6 +263,10 @@ def test_the_script_by_hand_asks_for_a_verb_and_is_told_where_settings_are_wrong
     (attempt.fakes / "deed").write_text('case "$*" in *--cfg) echo "minitron: a=b: no" >&2; exit 2;; esac')
     done = subprocess.run(["bash", template(), "compress", "a=b"], capture_output=True, text=True, env=usual)
     assert (done.returncode, done.stderr) == (2, "minitron: a=b: no\n")
+    (attempt.fakes / "deed").write_text("case $* in *--cfg) printf \"run:\\n  dir: '???'\";; esac")
+    assert (
+        subprocess.run(["bash", template(), "compress"], capture_output=True, text=True, env=usual).stderr == "minitron: run.dir=FOLDER is needed\n"
+    )
     (attempt.fakes / "deed").write_text(f'case "$*" in *--cfg) printf "run:\\n  dir: {tmp_path}/mine\\n";; esac')
     done = subprocess.run(["bash", template(), "compress", "a=b"], capture_output=True, text=True, env=usual)
     assert (done.returncode, (tmp_path / "mine" / "slurm").is_dir()) == (0, True), done.stderr
