@@ -94,7 +94,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if type(value) not in kinds or type(value) is list or (type(value) is float and not math.isfinite(value)):
         quote = f" (a number as text is written '{name}=\"{value}\"')" if str in kinds and type(value) in (int, float) else ""
         quote = " (8e9 or 8B, say)" if name in COUNTS else quote
-        named = {**KINDS, list: "a list with at least one text"} if list in kinds and item_type(hint) is str else KINDS
+        named = {**KINDS, list: "a list with at least one name"} if list in kinds and item_type(hint) is str else KINDS
         wanted = [named[kind] for kind in kinds if not (kind is int and float in kinds)]
         raise refuse(name, value, f"{' or '.join(wanted)} is needed{quote}")
     return value

@@ -1,1 +1,1 @@
-"""What comes before a run and carries it: its place on machines, what it will take there, whether they are fit for it."""
+"""Before a run and around it: what it will take, and how it is started where."""

@@ -95,7 +95,7 @@ def test_time_limits_are_read_as_slurm_does(text, seconds):
         ({"time": "4h"}, "slurm.time=4h: hours:minutes:seconds"),
         ({"time": "5"}, "slurm.signal=300: fewer seconds than slurm.time=5 are needed"),
         ({"mounts": "/data"}, "slurm.mounts=/data: slurm.container is needed with it"),
-        ({"modules": []}, "slurm.modules=[]: text or a list with at least one text or null is needed"),
+        ({"modules": []}, "slurm.modules=[]: text or a list with at least one name or null is needed"),
         ({"nodes": 0}, "slurm.nodes=0: at least 1 is needed"),
         ({"runtime": "docker"}, "slurm.runtime=docker: one of pyxis, apptainer is needed"),
     ],
