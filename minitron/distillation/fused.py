@@ -82,6 +82,18 @@ class Scratch:
         return target.view(wide.shape)
 
 
+def chunk_shape(chunk_tokens: int, tokens: int, keeps: bool, whole: bool, wide: bool) -> tuple[int, int, int]:
+    """(buffers, rows of each, spare rows) of the scratch: fp32, as wide as this rank's vocabulary. `keeps` as `Work.keeps`; `whole`: a
+    teacher's logits are made too; `wide`: the head is fp32.
+
+    Two fp32 buffers of `chunk_tokens` rows are what there is, for all that a chunk takes: its buffers, the spare rows, and a few numbers
+    per token. So it has somewhat fewer tokens, and two thirds of them where there are three buffers.
+    """
+    # a narrower type needs a second one for the gradient to the logits, in that type
+    count, spare, left = max(1 + keeps + whole, 1 if wide else 2), 2 * -(-chunk_tokens // SPARE), -(-chunk_tokens // NUMBERS)
+    return count, max(1, min((2 * chunk_tokens - spare - left) // count, chunk_tokens, tokens)), spare
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What the loss of one microbatch is made of besides what gradients flow to."""
@@ -100,16 +112,11 @@ class Work:
         return (self.settings.cross_entropy > 0 and self.signal is not None) or self.head.softcap is not None
 
     def divide(self) -> int:
-        """Divide the scratch for these settings; returns the tokens of a chunk, which must not depend on this rank's vocabulary.
-
-        Two fp32 buffers of `chunk_tokens` rows are what there is, for all that a chunk takes: its buffers, the spare rows, and a few numbers
-        per token. So it has somewhat fewer tokens, and two thirds of them where there are three buffers.
-        """
-        chunk, head_vH = self.settings.chunk_tokens, self.head.weight_vH
-        # a narrower type needs a second one for the gradient to the logits, in that type
-        count = max(1 + self.keeps + isinstance(self.signal, WholeSignal), 1 if head_vH.dtype == torch.float32 else 2)
-        spare, left = 2 * -(-chunk // SPARE), -(-chunk // NUMBERS)
-        rows = max(1, min((2 * chunk - spare - left) // count, chunk, len(self.mask_T)))
+        """Divide the scratch for these settings; returns the tokens of a chunk, which must not depend on this rank's vocabulary."""
+        head_vH = self.head.weight_vH
+        count, rows, spare = chunk_shape(
+            self.settings.chunk_tokens, len(self.mask_T), self.keeps, isinstance(self.signal, WholeSignal), head_vH.dtype == torch.float32
+        )
         self.scratch.divide(count, max(rows, -(-head_vH.shape[1] // len(head_vH))), spare, head_vH)  # a row of a head fits in any case
         return rows
 

@@ -1,0 +1,154 @@
+"""What a microbatch leaves behind on its way forward, for its way back: bytes of one transformer block, and of those in flight in a pipeline. Pure.
+
+The counts follow the modules that Megatron builds (engine/specs.py) tensor by tensor, as arXiv 2205.05198 (section 4) does for its own; they
+are not that paper's, as there is no dropout here, no matrix of attention scores is held, and the MLP's activation is not fused.
+
+Legend, all of one rank: T tokens of a microbatch inside the matrices, t outside of them (T, or T / tp under sequence parallelism), H hidden,
+Q and K channels of all query heads and of all KV groups, F MLP neurons, E bytes of a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from minitron.arch.arch import Arch
+from minitron.arch.shards import padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A microbatch's way through a rank: what of it the rank sees, and how its modules work."""
+
+    micro_batch_size: int
+    seq_length: int  # of the whole sequence
+    tp: int
+    cp: int
+    sequence_parallel: bool
+    element: int  # E
+    device: str  # "cuda" | "cpu"
+    recompute: str = "none"
+    documents: bool = False  # whether attention is told of them by a mask
+
+    @property
+    def positions(self) -> int:
+        """Of each sequence."""
+        return self.seq_length // self.cp
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_batch_size * self.positions
+
+    @property
+    def outside(self) -> float:
+        """t."""
+        return self.tokens / (self.tp if self.sequence_parallel else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A block's sizes on a rank: H, Q, K, F, and its query heads."""
+
+    hidden: int
+    queries: int
+    keys: int
+    ffn: int
+    heads: int
+
+    @classmethod
+    def of(cls, block: Arch, tp: int) -> Sizes:
+        """Of a block, padded as it is laid over `tp` ranks."""
+        whole = padded(block, tp)
+        heads, groups = whole.num_attention_heads // tp, whole.num_query_groups // tp
+        return cls(whole.hidden_size, heads * whole.kv_channels, groups * whole.kv_channels, whole.ffn_hidden_size // tp, heads)
+
+
+def norm_bytes(arch: Arch, way: Pass) -> float:
+    """What a norm keeps, with what it puts out, which the matrix behind it keeps: its input and its output.
+
+    torch's RMSNorm on a CPU is made of single operations, which keep the input and the normalised one, both in fp32.
+    """
+    composed = way.device == "cpu" and arch.normalization == "RMSNorm"
+    return (2 * 4 + way.element if composed else 2 * way.element) * arch.hidden_size * way.outside
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Bytes that one block holds of a microbatch until its way back: `kept`; `remade`, once more, while it is on its way back (train.recompute);
+    `backward`, above what is held, what its backward pass needs itself; `forward`: the most that a pass without gradients holds at a time."""
+
+    kept: float
+    remade: float
+    backward: float
+    forward: float
+
+
+def block_bytes(arch: Arch, way: Pass) -> Block:
+    """Of a block of these sizes."""
+    size, numbers = Sizes.of(arch, way.tp), way.element * way.tokens
+    norms = 2 * norm_bytes(arch, way)
+    around, inner = attention_bytes(arch, size, way)
+    # gate and up in one, the activation of the gate, up once more (an offset of 0 is added), their product; or relu and its square
+    mlp = numbers * (5 if arch.gated_linear_unit else 2) * size.ffn
+    stream = way.element * way.outside * size.hidden
+    kept, remade = {
+        "none": (norms + around + inner, 0.0),
+        "selective": (norms + around, inner),
+        "full": (stream, norms + around + inner),
+    }[way.recompute]
+    if way.recompute == "none" or (way.recompute == "selective" and arch.add_bias_linear):  # an MLP with biases is not made once more
+        kept += mlp
+    else:
+        remade += mlp
+    wide = 2 * size.ffn if arch.gated_linear_unit else size.ffn
+    down, up = way.element * size.hidden * size.ffn, way.element * size.hidden * wide  # gradients of the MLP's matrices, one at a time
+    # at the product, gradients of both factors and what came; at each matrix, what comes and goes beside its own, less what was freed before
+    backward = stream + max(numbers * wide, numbers * size.ffn + down, up + numbers * (size.hidden + wide) - mlp)
+    forward = 2 * stream + max(numbers * (5 if arch.gated_linear_unit else 3) * size.ffn, around)
+    return Block(kept, remade, backward, forward)
+
+
+def attention_bytes(arch: Arch, size: Sizes, way: Pass) -> tuple[float, float]:
+    """(what lies around the attention itself, what it keeps by itself): the first are kept even if the attention is made once more."""
+    numbers = way.element * way.tokens
+    fused = numbers * (size.queries + 2 * size.keys)  # of which the values are a part, so all of it stays
+    turned = numbers * (size.queries + size.keys)
+    channels = arch.kv_channels * float(arch.rope_parameters.get("partial_rotary_factor", 1.0))
+    angles = 4 * way.element * way.positions * channels  # cos and sin, for queries and for keys
+    out = numbers * size.queries
+    sums = 4 * way.tokens * size.heads  # log-sum-exp
+    around = fused + turned + angles + out
+    whole = numbers * way.cp  # keys and values of the whole sequence
+    seen = way.element * way.micro_batch_size * way.positions * way.seq_length  # a mask, which is made numbers of
+    if way.documents:  # keys and values of every query head, and the mask
+        inner = 2 * whole * size.queries + seen
+    elif way.cp > 1:
+        inner = 2 * whole * size.keys + (seen / way.micro_batch_size if way.device == "cpu" else 0.0)
+    else:
+        return around, sums
+    if way.cp > 1:  # made in two pieces
+        inner += out
+    if way.recompute != "selective":  # keys and values were copied: what they were copied from goes
+        around -= fused + numbers * size.keys
+    return around, inner + sums
+
+
+def most_in_flight(chunks: Sequence[float], stage: int, stages: int, microbatches: int) -> float:
+    """The most that a stage holds at a time, where a microbatch leaves `chunks` bytes in each of its virtual stages.
+
+    Megatron's schedules: a stage runs ahead by as many microbatches as there are stages behind it, then one forward, one backward (1F1B); with
+    virtual stages, it takes them in groups of `stages` through chunk after chunk, and runs ahead further.
+    """
+    count = len(chunks)
+    order = [chunk for start in range(0, microbatches, stages) for chunk in range(count) for _ in range(min(stages, microbatches - start))]
+    behind = stages - stage - 1
+    ahead = min(len(order), behind if count == 1 else 2 * behind + (count - 1) * stages)
+    held = most = 0.0
+    for turn in range(len(order) + ahead):
+        if turn < len(order):
+            held += chunks[order[turn]]
+            most = max(most, held)
+        if turn >= ahead:
+            held -= chunks[count - 1 - order[turn - ahead]]
+    return most
