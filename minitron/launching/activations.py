@@ -41,6 +41,11 @@ class Pass:
         return self.micro_batch_size * self.positions
 
     @property
+    def weight_gradient(self) -> int:
+        """Bytes of a number of a weight's gradient before it is added to those in fp32, which on a CPU takes an fp32 copy of it."""
+        return self.element + (4 if self.device == "cpu" and self.element < 4 else 0)
+
+    @property
     def outside(self) -> float:
         """t."""
         return self.tokens / (self.tp if self.sequence_parallel else 1)
@@ -65,12 +70,15 @@ class Sizes:
 
 
 def norm_bytes(arch: Arch, way: Pass) -> float:
-    """What a norm keeps, with what it puts out, which the matrix behind it keeps: its input and its output.
+    """What a norm keeps, with what it puts out, which the matrix behind it keeps: its input and its output, and a number or two per token.
 
     torch's RMSNorm on a CPU is made of single operations, which keep the input and the normalised one, both in fp32.
     """
     composed = way.device == "cpu" and arch.normalization == "RMSNorm"
-    return (2 * 4 + way.element if composed else 2 * way.element) * arch.hidden_size * way.outside
+    channels = 2 * 4 + way.element if composed else 2 * way.element
+    statistics = 4 if arch.normalization == "RMSNorm" else 2 * way.element
+    weight = way.element * arch.hidden_size if arch.layernorm_zero_centered_gamma else 0  # with 1 added
+    return (channels * arch.hidden_size + statistics) * way.outside + weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +110,7 @@ def block_bytes(arch: Arch, way: Pass) -> Block:
     else:
         remade += mlp
     wide = 2 * size.ffn if arch.gated_linear_unit else size.ffn
-    down, up = way.element * size.hidden * size.ffn, way.element * size.hidden * wide  # gradients of the MLP's matrices, one at a time
+    down, up = (way.weight_gradient * size.hidden * width for width in (size.ffn, wide))  # gradients of the MLP's matrices, one at a time
     # at the product, gradients of both factors and what came; at each matrix, what comes and goes beside its own, less what was freed before
     backward = stream + max(numbers * wide, numbers * size.ffn + down, up + numbers * (size.hidden + wide) - mlp)
     forward = 2 * stream + max(numbers * (5 if arch.gated_linear_unit else 3) * size.ffn, around)
