@@ -2,9 +2,10 @@
 
 Each row is one pipeline stage of a layout on gloo ranks of this machine: two steps of training random models, as the verbs make them.
 Measured is what the kernel counts: the most that was resident of the process (VmHWM, from the moment before the models are made), less what was
-resident at that moment, when everything was imported and a model of no size had been trained (its baseline, told beside it). So
-"predicted" is without the part "runtime". glibc is told to give freed memory back (mallopt: blocks of 64 KiB and more by mmap, one
-arena): by itself it keeps blocks of up to 32 MiB, and what is resident would be more than what is in use. In MiB.
+resident at that moment, when everything was imported and a model of no size had been trained (its baseline, told below). So what is
+said is without the part "runtime"; "rest" are communication and copies of checkpoints. glibc is told to give freed memory back (mallopt:
+blocks of 64 KiB and more by mmap, one arena): by itself it keeps blocks of up to 32 MiB, and what is resident would be more than what is
+in use. In MiB.
 """
 
 import os
@@ -17,8 +18,9 @@ from typing import Any
 from common import ROOT, arguments, publish
 
 sys.path.insert(0, str(ROOT))  # for the tests' oracles
-SHORT = {"teacher": "teacher", "student": "student", "gradients": "grads", "optimizer": "optim.", "signals": "signals", "activations": "activ.",
-         "loss": "loss", "working": "work", "communication": "comm.", "copies": "copies"}  # fmt: skip
+COLUMNS = {"teacher": "teach", "student": "stud", "gradients": "grad", "optimizer": "adam", "signals": "sign", "activations": "activ", "loss": "loss",
+           "working": "work"}  # fmt: skip
+REST = ("communication", "copies")
 
 
 def main() -> None:
@@ -31,16 +33,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="CASE", default=list(CASES), help=", ".join(CASES))
     options = parser.parse_args()
     rows: list[list[Any]] = []
-    baselines = []
+    baselines: list[float] = []
     for name in options.only:
         with tempfile.TemporaryDirectory() as scratch:
             found = compared(CASES[name], Path(scratch))
         for stage, (expected, real) in enumerate(found):
             baselines.append(real.baseline / 2**20)
-            parts = {part: size / 2**20 for part, size in expected.parts.items() if part in SHORT}
-            predicted, peak = sum(parts.values()), real.peak / 2**20
-            rows.append([name if stage == 0 else "", stage, *parts.values(), predicted, peak, predicted / peak])
-    forms = {"case": "<", "stage": "d", **dict.fromkeys(SHORT.values(), ",.0f"), "predicted": ",.0f", "measured": ",.0f", "ratio": ".2f"}
+            parts = [expected.parts[part] / 2**20 for part in COLUMNS]
+            rest = sum(expected.parts[part] for part in REST) / 2**20
+            said, took = sum(parts) + rest, real.peak / 2**20
+            rows.append([name if stage == 0 else "", stage, *parts, rest, said, took, said / took])
+    forms = {"case": "<", "": "d", **dict.fromkeys([*COLUMNS.values(), "rest", "said", "took"], ",.0f"), "ratio": ".2f"}
     worst = max(abs(row[-1] - 1) for row in rows)
     notes = [f"furthest from what was measured: {100 * worst:.0f} %; baselines {min(baselines):,.0f} to {max(baselines):,.0f} MiB"]
     publish("Memory of a rank by part, MiB", forms, rows, notes, options.json)

@@ -17,9 +17,9 @@ Tensor = torch.Tensor
 def live_head(model: Model, world: World) -> tuple[Tensor, int]:
     """This rank's head weight [v, H] without vocabulary padding, and the number of its first token."""
     live, _ = held_units(VOCAB, model.arch, world.tp, world.tp_rank, sharded=True)
-    weight = model.head_weight()
-    # only where there is padding: the gradient of a slice is a matrix of zeros as large as the whole, and a copy into it
-    return weight if len(live) == len(weight) else weight[: len(live)], live.start
+    weight_VH = model.head_weight()
+    # where nothing is padded, no slice: its backward pass would copy the gradient of all of it
+    return weight_VH if len(live) == len(weight_VH) else weight_VH[: len(live)], live.start
 
 
 def all_ranks(packed_KC: Tensor, world: World) -> Tensor:

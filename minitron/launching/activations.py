@@ -130,7 +130,7 @@ def attention_bytes(arch: Arch, size: Sizes, way: Pass) -> tuple[float, float]:
     whole = numbers * way.cp  # keys and values of the whole sequence
     seen = way.element * way.micro_batch_size * way.positions * way.seq_length  # a mask, which is made numbers of
     if way.documents:  # keys and values of every query head, and the mask
-        inner = 2 * whole * size.queries + seen
+        inner = float(2 * whole * size.queries + seen)
     elif way.cp > 1:
         inner = 2 * whole * size.keys + (seen / way.micro_batch_size if way.device == "cpu" else 0.0)
     else:

@@ -249,10 +249,16 @@ class Rank:
 
     def head_gradient(self) -> float:
         """What the loss makes: the head's gradient, in fp32, and that of the last hidden states, which under sequence parallelism are gathered."""
-        arch, rows = self.student, self.head_rows(self.student)
+        arch, parallel, rows = self.student, self.cfg.parallel, self.head_rows(self.student)
         states = self.element * self.tokens * arch.hidden_size
-        dead = padded(arch, self.cfg.parallel.tp).vocab_size // self.cfg.parallel.tp - rows
-        return (4 + (self.element if dead else 0)) * rows * arch.hidden_size + states * (2 if self.cfg.parallel.sp else 1)
+        padding = padded(arch, parallel.tp).vocab_size // parallel.tp > rows  # the head is cut to its live rows, and its gradient copied
+        added = 0 if self.is_tied_here else self.way(parallel).weight_gradient - self.element  # to the gradients in fp32
+        return (4 + max(added, self.element if padding else 0)) * rows * arch.hidden_size + states * (2 if parallel.sp else 1)
+
+    @property
+    def is_tied_here(self) -> bool:
+        """Whether this rank has the embedding for its head."""
+        return self.student.share_embeddings_and_output_weights and self.is_first and self.is_last
 
     def signals(self) -> float:
         """What the teacher said: its last hidden states, or what was read of a cache, and the states that the student's are compared to."""
@@ -275,15 +281,17 @@ class Rank:
         """The worst of what comes and goes, above what the other parts say."""
         rows, arch = self.head_rows(self.student), self.student
         head = self.head_gradient() if self.is_last else 0.0
-        tied = arch.share_embeddings_and_output_weights and self.is_first and self.is_last
-        kept_head = 4.0 * rows * arch.hidden_size if tied else 0.0  # it waits for the embedding's, which comes last
+        kept_head = 4.0 * rows * arch.hidden_size if self.is_tied_here else 0.0  # it waits for the embedding's, which comes last
         one_back = max(block.remade + block.backward for block in blocks)
         embedding = self.element * rows * arch.hidden_size if self.is_first else 0.0
         one_pass = sum(block.kept for block in blocks)
+        # gloo sums gradients up in a copy of a whole buffer, of which each virtual stage has one, alone on its rank or not
+        summed = 4.0 * self.numbers / self.cfg.parallel.vpp if self.device == "cpu" else 0.0
         moments = (
             head,
             kept_head + one_back,
             kept_head + embedding - min(one_pass, in_flight),
+            summed - in_flight,
             waiting + self.teacher_pass() - in_flight,
         )
         return max(moments) - head
