@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minitron"
 # The one direction of imports: a folder or file of minitron/ may import those of the lines above it, and itself.
 ORDER = [
     {"errors"},
-    {"files", "packages"},
+    {"files", "packages", "hardware"},
     {"arch"},
     {"config"},
     {"engine"},

@@ -5,6 +5,7 @@ groups of zeros. A dead group is exact, not an approximation: its values are zer
 projection, and because its output weights are zero too, every gradient into it is zero and it stays dead under training.
 """
 
+import functools
 import itertools
 import math
 
@@ -29,11 +30,13 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
+@functools.lru_cache(maxsize=65536)
 def stage_of(layer: int, num_layers: int, pp: int, vpp: int) -> int:
     """The pipeline rank that holds a layer; virtual stages go round the ranks."""
     return next(stage % pp for stage, layers in enumerate(stage_layers(num_layers, pp * vpp)) if layer in layers)
 
 
+@functools.lru_cache(maxsize=4096)
 def padded(arch: Arch, tp: int) -> Arch:
     """`arch` (of one block's sizes) with dead KV groups and vocabulary rows, so that both divide by `tp` ranks.
 

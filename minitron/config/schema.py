@@ -1,6 +1,7 @@
 """Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
 
-This file, with cluster.py for SLURM, is the only place where a default lives; the YAML files under `configs/` hold choices that differ from it.
+This file, with cluster.py for SLURM and planning.py for plans, is the only place where a default lives; the YAML files under `configs/` hold choices
+that differ from it.
 `setting(default, "meaning", ...)` (setting.py) carries what `--help` prints and the simple checks.
 """
 
@@ -8,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from minitron.config.cluster import Slurm
+from minitron.config.planning import Planning
 from minitron.config.setting import MISSING, setting
 from minitron.errors import refuse
 
@@ -424,6 +426,7 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)
     search: Search = dataclasses.field(default_factory=Search)
     family: Family = dataclasses.field(default_factory=Family)
+    plan: Planning = dataclasses.field(default_factory=Planning)
     eval: Eval = dataclasses.field(default_factory=Eval)
     logging: Logging = dataclasses.field(default_factory=Logging)
     slurm: Slurm = dataclasses.field(default_factory=Slurm)

@@ -39,8 +39,9 @@ VERBS: dict[str, Verb] = {
         trains=True,
     ),
     "plan": Verb(
-        "what the settings come to, before anything is computed: sizes, parameters, arithmetic, memory; of a search, which candidates remain and why",
-        ("run", "model", "family", "target", "search", "train", "parallel", *COMMON),
+        "what the settings come to, before anything is computed: sizes, parameters; a training's memory, traffic, time, cost and fitting layouts; a "
+        "search's candidates",
+        ("run", "model", "family", "target", "search", "plan", "data", "teacher", "distill", "train", "parallel", *COMMON),
         ("model.path | model.shape",),
     ),
     "data": Verb(
@@ -119,7 +120,7 @@ READERS = {
     "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
 }
 # groups of which a verb reads these settings alone
-READ_ALONE = {("evaluate", "train"): ("train.seq_length",)}
+READ_ALONE = {("evaluate", "train"): ("train.seq_length",), ("plan", "data"): ("data.separate_documents",)}
 
 
 def reads(verb: str, setting: str) -> bool:

@@ -8,17 +8,8 @@ import sys
 import psutil
 import torch
 
-# Dense matrix products in 10^12 a second, from the makers' data sheets, by part of the device's name, the first that fits (a GH200
-# is an H200 here), and by type. fp32 is without TF32, which stays off here.
-PEAK_TFLOPS = (
-    ("H100 PCIe", {"bf16": 756.0, "fp32": 51.0}),
-    ("H100 NVL", {"bf16": 835.0, "fp32": 60.0}),
-    ("H100", {"bf16": 989.0, "fp32": 67.0}),
-    ("H200", {"bf16": 989.0, "fp32": 67.0}),
-    ("B200", {"bf16": 2250.0, "fp32": 75.0}),
-    ("A100", {"bf16": 312.0, "fp32": 19.5}),
-    ("L40S", {"bf16": 362.0, "fp32": 91.6}),
-)
+from minitron.hardware import peak_of
+
 GIB = 2**30
 
 
@@ -53,11 +44,6 @@ class Meter:
             if self.peak_tflops is not None:
                 found["mfu"] = found["tflop_per_second_per_rank"] / self.peak_tflops
         return found
-
-
-def peak_of(device_name: str, dtype: str) -> float | None:
-    """TFLOP/s that a GPU of this name can reach at most; None where the table does not know it."""
-    return next((peaks[dtype] for part, peaks in PEAK_TFLOPS if part in device_name), None)
 
 
 def device_peak(device: torch.device, dtype: str) -> float | None:

@@ -10,6 +10,7 @@ Q and K channels of all query heads and of all KV groups, F MLP neurons, E bytes
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from minitron.arch.arch import Arch
@@ -92,6 +93,7 @@ class Block:
     forward: float
 
 
+@functools.cache
 def block_bytes(arch: Arch, way: Pass) -> Block:
     """Of a block of these sizes."""
     size, numbers = Sizes.of(arch, way.tp), way.element * way.tokens

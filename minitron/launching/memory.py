@@ -10,12 +10,13 @@ Legend: T tokens of a microbatch, H and G hidden sizes of student and teacher, v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import VOCAB, Parameter, parameters
+from minitron.arch.axes import PARAMETERS, VOCAB, Parameter
 from minitron.arch.shards import held_units, padded, shard_shape, stage_layers, stage_of
 from minitron.config.schema import Config, Distill, Parallel
 from minitron.distillation.fused import chunk_shape
@@ -96,11 +97,13 @@ def stage_parameters(arch: Arch, parallel: Parallel, stage: int) -> Iterator[tup
     """Rows of the table, with the layer's number, that the ranks of a pipeline stage hold: the embedding lies on the first, final norm and head
     on the last, which has a copy of a tied embedding."""
     first, last = stage == 0, stage == parallel.pp - 1
-    for row, layer in parameters(arch):
+    layers = [*itertools.chain(*chunk_layers(arch, parallel, stage))]
+    for row in PARAMETERS:
         embedding = row.name.startswith("embedding.")
-        if layer is not None:
-            if stage_of(layer, arch.num_layers, parallel.pp, parallel.vpp) == stage:
-                yield row, layer
+        if not row.exists(arch):
+            continue
+        if row.per_layer:
+            yield from ((row, layer) for layer in layers)
         elif (embedding and first) or (last and (not embedding or (arch.share_embeddings_and_output_weights and not first))):
             yield row, None
 
@@ -110,6 +113,7 @@ def shard_numbers(row: Parameter, arch: Arch, layer: int | None, tp: int) -> int
     return math.prod(shard_shape(row, arch.layer(layer), tp))
 
 
+@functools.cache
 def held_parameters(arch: Arch, parallel: Parallel, stage: int) -> int:
     """Numbers that a rank of a pipeline stage holds of a model's parameters, padding included: what its modules allocate."""
     return sum(shard_numbers(row, arch, layer, parallel.tp) for row, layer in stage_parameters(arch, parallel, stage))

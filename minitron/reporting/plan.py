@@ -11,6 +11,7 @@ from rich.text import Text
 from minitron.arch.counts import scaled
 from minitron.reporting import standing
 from minitron.reporting.console import fitting
+from minitron.reporting.launch import show_launch
 from minitron.reporting.standing import COSTS, PARAMETERS
 from minitron.reporting.wording import ABSENT, counted, percent, ratio
 from minitron.search.candidates import Candidate, Plan
@@ -22,7 +23,7 @@ HEADINGS = {**standing.HEADINGS, "num_query_groups": "KV"}  # narrower
 
 
 def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | None = None) -> None:
-    """Print the plan: a line for each model, then how many of the grid remain and why the others fell.
+    """Print the plan: a line for each model, then how many of the grid remain and why the others fell, then what training takes.
 
     Costs that are `asked` for, by the names of the budgets, have a column however narrow the terminal is.
     """
@@ -40,6 +41,8 @@ def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | Non
         console.print(Text(f"{len(plan.models):,} of {counted(plan.grid, 'architecture')} of the grid remain{others}"))
         for reason, number in sorted(plan.fell.items(), key=lambda item: -item[1]):
             console.print(Text(f"{number:>9,}  {reason}"))
+    if plan.launch is not None:
+        show_launch(plan.launch, console=console)
 
 
 def _size(name: str, model: Candidate) -> str:

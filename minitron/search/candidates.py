@@ -105,13 +105,15 @@ def wanted(cfg: Config) -> Target:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The content of plan.json: the model, and what the settings make of it: the target or, largest first, the candidates of a search. `grid`: points
-    that the search looked at (None where there is no budget), `fell`: how many of them are no candidates, by reason in words."""
+    that the search looked at (None where there is no budget), `fell`: how many of them are no candidates, by reason in words. `launch`: what
+    training them takes, as launching/ tells it in plain JSON form (None where nothing is trained)."""
 
     arch: Arch
     original: Candidate
     models: list[Candidate]
     grid: int | None = None
     fell: dict[str, int] = dataclasses.field(default_factory=dict)
+    launch: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write run.dir/plan.json."""

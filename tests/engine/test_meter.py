@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron.arch.counts import count, training_flops
 from minitron.arch.families import from_hf
-from minitron.engine.meter import GIB, Meter, peak_memory, peak_of
+from minitron.engine.meter import GIB, Meter, peak_memory
+from minitron.hardware import peak_of
 from tests.oracles.models import UNTIED, config_of
 
 

