@@ -14,6 +14,7 @@ import functools
 from collections.abc import Sequence
 
 from minitron.arch.arch import Arch
+from minitron.arch.axes import HIDDEN, PARAMETERS
 from minitron.arch.shards import padded
 
 
@@ -97,15 +98,16 @@ class Block:
 def block_bytes(arch: Arch, way: Pass) -> Block:
     """Of a block of these sizes."""
     size, numbers = Sizes.of(arch, way.tp), way.element * way.tokens
-    norms = 2 * norm_bytes(arch, way)
+    norms = sum(row.exists(arch) and row.per_layer and row.dims == (HIDDEN,) and row.name.endswith("norm.weight") for row in PARAMETERS)
+    normed = norms * norm_bytes(arch, way)
     around, inner = attention_bytes(arch, size, way)
     # gate and up in one, the activation of the gate, up once more (an offset of 0 is added), their product; or relu and its square
     mlp = numbers * (5 if arch.gated_linear_unit else 2) * size.ffn
     stream = way.element * way.outside * size.hidden
     kept, remade = {
-        "none": (norms + around + inner, 0.0),
-        "selective": (norms + around, inner),
-        "full": (stream, norms + around + inner),
+        "none": (normed + around + inner, 0.0),
+        "selective": (normed + around, inner),
+        "full": (stream, normed + around + inner),
     }[way.recompute]
     if way.recompute == "none" or (way.recompute == "selective" and arch.add_bias_linear):  # an MLP with biases is not made once more
         kept += mlp
