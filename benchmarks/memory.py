@@ -18,7 +18,7 @@ from typing import Any
 from common import ROOT, arguments, publish
 
 sys.path.insert(0, str(ROOT))  # for the tests' oracles
-COLUMNS = {"teacher": "teach", "student": "stud", "gradients": "grad", "optimizer": "adam", "signals": "sign", "activations": "activ", "loss": "loss",
+COLUMNS = {"teacher": "teach", "student": "stud", "gradients": "grad", "optimizer": "adam", "signals": "sign", "activations": "acts", "loss": "loss",
            "working": "work"}  # fmt: skip
 REST = ("communication", "copies")
 

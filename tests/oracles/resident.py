@@ -69,11 +69,9 @@ CASES = {
     "pp2, vpp3": Case(Layout(pp=2, vpp=3)),
     "dp2": Case(Layout(dp=2)),
     "cp2": Case(Layout(cp=2), {"micro_batch_size": 4}),
-    "tp2, pp2, sp, selective, bf16": Case(
-        Layout(tp=2, pp=2, sp=True), {"recompute": "selective", "micro_batch_size": 4, "seq_length": 512}, {"dtype": "bf16"}
-    ),
+    "tp2, pp2, sp, bf16": Case(Layout(tp=2, pp=2, sp=True), {"recompute": "selective", "micro_batch_size": 4, "seq_length": 512}, {"dtype": "bf16"}),
     "pp2, teacher tp2": Case(Layout(pp=2), changes={"teacher": Teacher(parallel=TeacherParallel(tp=2, pp=1))}),
-    "tp2, hidden states, documents": Case(
+    "tp2, hidden, documents": Case(
         Layout(tp=2), changes={"distill": Distill(hidden=Hidden(enabled=True, projection=True)), "data": Data(separate_documents=True)}
     ),
 }
