@@ -97,6 +97,7 @@ def stage_parameters(arch: Arch, parallel: Parallel, stage: int) -> Iterator[tup
     """Rows of the table, with the layer's number, that the ranks of a pipeline stage hold: the embedding lies on the first, final norm and head
     on the last, which has a copy of a tied embedding."""
     first, last = stage == 0, stage == parallel.pp - 1
+    tied = "embedding.word_embeddings.weight" if arch.share_embeddings_and_output_weights else ""
     layers = [*itertools.chain(*chunk_layers(arch, parallel, stage))]
     for row in PARAMETERS:
         embedding = row.name.startswith("embedding.")
@@ -104,7 +105,7 @@ def stage_parameters(arch: Arch, parallel: Parallel, stage: int) -> Iterator[tup
             continue
         if row.per_layer:
             yield from ((row, layer) for layer in layers)
-        elif (embedding and first) or (last and (not embedding or (arch.share_embeddings_and_output_weights and not first))):
+        elif (embedding and first) or (last and (not embedding or (row.name == tied and not first))):
             yield row, None
 
 
