@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags={argument for argument in arguments if argument.startswith("-")},
         )
     except RequestError as error:
-        say_once(str(error))
+        if not error.said:
+            say_once(str(error))
         leave_word(str(error))
         return EXIT_REQUEST
     except Stopped as stopped:

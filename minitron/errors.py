@@ -9,6 +9,8 @@ EXIT_DONE, EXIT_DEFECT, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
 class RequestError(Exception):
     """The request is wrong or can't be met here: one line that names the setting, its value and what is allowed (exit 2)."""
 
+    said = False  # whether the user was told already
+
 
 class Stopped(Exception):
     """Stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues (exit 75)."""

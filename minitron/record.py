@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from minitron import engine
 from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
+from minitron.config.setting import flat
 from minitron.config.verbs import VERBS, groups_of, measures_again, reads
 from minitron.errors import refuse, say_once, shown
 from minitron.files import os_errors_are_requests, read_json, write_json, write_text
@@ -72,14 +73,6 @@ def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
     """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
     recorded = {name: value for name, value in entry.get("settings", {}).items() if reads(verb, name)}  # earlier versions noted more
     return in_use({**all_settings(Config(), verb, free=True), **recorded}, verb) if recorded else {}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def is_there(folder: Path, stage: str) -> bool:

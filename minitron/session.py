@@ -34,9 +34,10 @@ from minitron.data.manifest import Manifest
 from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
 from minitron.files import read_json, sha256, write_json, write_text
+from minitron.launching.preflight import preflight
 from minitron.pruning.target import target_arch
 from minitron.record import ADJUSTABLE, ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, settings_of, trained
-from minitron.reporting.console import counter
+from minitron.reporting.console import counter, say
 from minitron.search.ladder import trial
 from minitron.weights.load import load
 from minitron.weights.source import Source, convert_gguf, fetch, locate, open_folder
@@ -97,7 +98,18 @@ class Session:
             return engine.on_main(self.world, lambda: self._converted(Path(found), folder, setting))
         if not Path(found).is_dir():
             found = str(engine.on_main(self.world, lambda: fetch(found, setting)))
-        return open_folder(Path(found), setting)
+        return self._on_every_host(lambda: open_folder(Path(found), setting))
+
+    def _on_every_host(self, action: Callable[[], Source]) -> Source:
+        """What each rank does by itself, given up by all where one is refused: what was fetched may not be there on every host."""
+        result, failure = None, None
+        try:
+            result = action()
+        except RequestError as error:
+            failure = f"{error} [on {engine.host_name()}]" if self.world.size > 1 else str(error)
+        engine.refuse_together(failure, self.world)
+        assert result is not None
+        return result
 
     def _converted(self, gguf: Path, folder: Path, setting: str) -> Source:
         """The run's conversion, made anew where it is of another file, or of another type and this verb reads weights."""
@@ -294,9 +306,11 @@ class Session:
 @contextlib.contextmanager
 def session(cfg: Config, verb: str) -> Iterator[Session]:
     """Open a run: refuse what can't be done before any weight is read, start the processes, and keep the folder for this command until its end."""
-    check(cfg, verb)
+    ready = preflight(cfg, verb, lambda: check(cfg, verb))
     with end_on_signal(verb), engine.world(cfg.parallel, cfg.device, cfg.seed) as here, contextlib.ExitStack() as held:
         opened = Session(cfg, verb, here, Path(cfg.run.dir))
+        if here.is_main and ready is not None:
+            say(str(ready))
 
         def take() -> None:
             own(opened.folder)

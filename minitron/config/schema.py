@@ -85,6 +85,7 @@ class Parallel:
     ep: int = setting(1, "expert-parallel ranks; only 1 works: no model with experts is supported yet", least=1)
     sp: bool = setting(False, "sequence parallelism: activations outside the matrices split over the tensor ranks")
     timeout_minutes: float = setting(30.0, "a collective that waits longer than this for another rank ends the run", above=0)
+    start_minutes: float = setting(5.0, "at the start, ranks that are not all there and in reach of one another after this end the run", above=0)
 
 
 @dataclasses.dataclass(frozen=True)

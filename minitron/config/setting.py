@@ -35,3 +35,11 @@ def check(group: Any, prefix: str) -> None:
                 raise refuse(name, value, f"at most {rule['most']} is allowed")
             if rule["below"] is not None and one >= rule["below"]:
                 raise refuse(name, value, f"less than {rule['below']} is needed")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

@@ -21,12 +21,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron.config.layout import check_layout
 from minitron.config.schema import Parallel
 from minitron.engine.host import on_host
+from minitron.engine.joining import MAKING, in_time
+from minitron.engine.meeting import meet, pick_device
 from minitron.engine.peers import Lookout
-from minitron.errors import RequestError, refuse
+from minitron.errors import RequestError
 
 Result = TypeVar("Result")
 PATIENCE = datetime.timedelta(days=7)
-MEETING: list[tuple[Any, int, int]] = []  # of this process, once it has joined the others
 OPENINGS = itertools.count()  # of worlds in this process, one after another: the same on every rank
 
 
@@ -49,7 +50,8 @@ class World:
     sequence_parallel: bool
     groups: ProcessGroupCollection
     patient: Any  # a group of all ranks that waits for as long as rank 0 needs for what it does alone
-    alone: list[bool] = dataclasses.field(default_factory=list)  # not empty while it does
+    alone: list[bool]  # not empty while it does
+    lookout: Lookout  # hears of ranks that are gone
     globals: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # Megatron's own, as `inside` puts them in place
 
     @property
@@ -73,15 +75,6 @@ class World:
             dist.barrier()
 
 
-def pick_device(setting: str) -> torch.device:
-    """`auto` takes this process's GPU where there is one; `cuda` without a GPU is refused."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise refuse("device", setting, "no GPU is visible to torch; use auto or cpu")
-    if setting == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 @contextlib.contextmanager
 def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]:
     """Join the processes of this run, make Megatron's groups, and take both down again on exit."""
@@ -101,10 +94,14 @@ def world(parallel: Parallel, device_setting: str, seed: int) -> Iterator[World]
             raise RequestError("a process group exists already: one run per process")
         lookout = Lookout(parallel.timeout_minutes)
         undo.push(lambda kind, error, trace: _stop(lookout, error))
-        _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes), lookout)
-        _make_groups(parallel, device)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield _placed(parallel, device, dist.new_group(backend="gloo", timeout=PATIENCE), [])
+        with in_time(parallel.start_minutes, lookout) as trial:
+            _join(size, device, datetime.timedelta(minutes=parallel.timeout_minutes), lookout)
+            trial.at = MAKING
+            _make_groups(parallel, device)
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            here = _placed(parallel, device, dist.new_group(backend="gloo", timeout=PATIENCE), [], lookout)
+            trial.run(device, here.patient, here.groups)
+        yield here
 
 
 def beside(first: World, parallel: Parallel) -> World:
@@ -113,9 +110,12 @@ def beside(first: World, parallel: Parallel) -> World:
     What Megatron reads from its globals instead of being told, it reads of `first` everywhere but `inside` the second.
     """
     check_layout(parallel, first.size)
-    with _globals(dict.fromkeys(_megatron_globals())):
+    with _globals(dict.fromkeys(_megatron_globals())), in_time(parallel.start_minutes, first.lookout) as trial:
+        trial.at = MAKING
         _make_groups(parallel, first.device)
-        return _placed(parallel, first.device, first.patient, first.alone)
+        here = _placed(parallel, first.device, first.patient, first.alone, first.lookout)
+        trial.run(first.device, first.patient, here.groups)
+    return here
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _make_groups(parallel: Parallel, device: torch.device) -> None:
     )
 
 
-def _placed(parallel: Parallel, device: torch.device, patient: Any, alone: list[bool]) -> World:
+def _placed(parallel: Parallel, device: torch.device, patient: Any, alone: list[bool], lookout: Lookout) -> World:
     """This rank's place in the groups that Megatron has now."""
     return World(
         device=device,
@@ -171,6 +171,7 @@ def _placed(parallel: Parallel, device: torch.device, patient: Any, alone: list[
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         patient=patient,
         alone=alone,
+        lookout=lookout,
         globals=_megatron_globals(),
     )
 
@@ -180,19 +181,12 @@ def _join(size: int, device: torch.device, timeout: datetime.timedelta, lookout:
     if size == 1 and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        meeting, rank, size = _meet(timeout)
+        meeting, rank, size = meet(timeout)
         meeting.set_timeout(timeout)
         store = dist.PrefixStore(f"world_{next(OPENINGS)}", meeting)  # what an earlier world left there is of ranks that it had
         if size > 1:
             lookout.begin(store, rank)  # before the groups: a rank that waits for another to make one with it hears of nothing else
         dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout)
-
-
-def _meet(timeout: datetime.timedelta) -> tuple[Any, int, int]:
-    """Where the ranks meet, rank, and their number. Rank 0 may keep that place itself, so no world takes it along when it ends."""
-    if not MEETING:
-        MEETING.append(next(dist.rendezvous("env://", timeout=timeout)))
-    return MEETING[0]
 
 
 def _stop(lookout: Lookout, error: BaseException | None) -> None:

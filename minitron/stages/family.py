@@ -16,10 +16,11 @@ from minitron.arch.arch import Arch
 from minitron.checks import check, check_hidden, check_teacher, known_arch
 from minitron.config.compose import compose
 from minitron.config.schema import Config, Family, Model, Target
+from minitron.config.setting import flat
 from minitron.data.manifest import Manifest
 from minitron.errors import RequestError, refuse
 from minitron.pruning.target import target_arch
-from minitron.record import BEFORE, RECORD, flat
+from minitron.record import BEFORE, RECORD
 from minitron.reporting.console import stage_banner
 from minitron.reporting.family import FILE, Member, member, original, show_family, write_family
 from minitron.session import end_on_signal, session
