@@ -218,6 +218,9 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_ways(arch, pruned, target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
+    for reading in readings(cfg, verb) if arch.learned_positions else ():
+        if reading.seq_length > arch.max_position_embeddings:
+            raise refuse(reading.length, reading.seq_length, f"the model has learned {arch.max_position_embeddings} positions and has no others")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:

@@ -227,7 +227,7 @@ class Session:
     def spec(self) -> str:
         """The spec that models are trained and evaluated with. Raises RequestError where what is asked for can't be had."""
         separate = self.cfg.data.separate_documents and (VERBS[self.verb].trains or self.verb == "cache")
-        return engine.pick_spec(self.cfg.spec, self.world, separate)
+        return engine.pick_spec(self.cfg.spec, self.world, separate, self.source.arch.attention_softcap is not None)
 
     def is_whole(self) -> bool:
         """Whether the folder is that of a model trained whole (`train`), not of a compression."""

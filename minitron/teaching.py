@@ -26,7 +26,8 @@ def teacher_of(opened: Session, watch: engine.Watch | None) -> Teacher:
     model, its_world = opened.teacher, opened.teacher_world
     if its_world is opened.world:
         return LiveTeacher(model, opened.world, watch)
-    return ForeignTeacher(model, its_world, Head(*load_head(opened.teacher_source, opened.world, opened.dtype)), opened.world)
+    head = Head(*load_head(opened.teacher_source, opened.world, opened.dtype), softcap=model.arch.logit_softcap)
+    return ForeignTeacher(model, its_world, head, opened.world)
 
 
 def hidden_loss(opened: Session, student: engine.Model) -> HiddenLoss | None:

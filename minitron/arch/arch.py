@@ -1,7 +1,9 @@
 """`Arch`: every size of a GPT. Spelled as Megatron's `TransformerConfig` spells them."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from minitron.errors import RequestError
@@ -23,9 +25,16 @@ class Arch:
     Sizes are numbers of units, not bytes. `kv_channels` is the width of one head (head_dim); it never changes under
     pruning (arXiv 2407.14679, section 2.3). `rope` holds the rotary settings in Hugging Face's own terms
     (`rope_type`, `rope_theta`, `partial_rotary_factor`, ...) as a JSON string, so that the class stays hashable.
-    `activation_func` is "silu" or "squared_relu", `normalization` "RMSNorm" or "LayerNorm", whose weights lie around zero (what is
+    `activation_func` is a name of `engine.specs.ACTIVATIONS`, `normalization` "RMSNorm" or "LayerNorm", whose weights lie around zero (what is
     applied is 1 + weight) if `layernorm_zero_centered_gamma`. `layers` holds one entry per block where blocks differ; the sizes above
     are then the largest of them.
+
+    Biases: `add_bias_linear` gives every matrix of a block one, `add_attention_bias` and `add_mlp_bias` those of one half, `add_qkv_bias` QKV alone.
+    `qk_layernorm`: each head's queries and keys are normed, by weights that heads share. `post_norms`: what either half of a block puts out is
+    normed. `softmax_scale`: what scores are multiplied by (None: 1 / sqrt(kv_channels)). The two softcaps c make c x tanh(x / c) of attention's
+    scores and of the logits. With `scaled_embeddings`, embeddings are multiplied by sqrt(hidden_size). With a `sliding_window` of n a position
+    sees itself and n - 1 before it, in the layers that `sliding` says (empty: in all); these turn by `sliding_rope` where it is given.
+    With a `position_offset` nothing is turned: positions are learned, that of token n is row n + offset.
     """
 
     family: str
@@ -47,6 +56,18 @@ class Arch:
     layernorm_zero_centered_gamma: bool = False
     rope: str = '{"rope_theta": 10000.0, "rope_type": "default"}'
     layers: tuple[Layer, ...] = ()
+    add_attention_bias: bool = False
+    add_mlp_bias: bool = False
+    qk_layernorm: bool = False
+    post_norms: bool = False
+    scaled_embeddings: bool = False
+    softmax_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    sliding_rope: str = ""
+    position_offset: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -57,6 +78,12 @@ class Arch:
             raise RequestError(f"num_attention_heads={self.num_attention_heads}: must be a multiple of num_query_groups={self.num_query_groups}")
         if self.layers and len(self.layers) != self.num_layers:
             raise RequestError(f"layers: sizes of {len(self.layers)} blocks, and num_layers={self.num_layers}")
+        if self.sliding and len(self.sliding) != self.num_layers:
+            raise RequestError(f"sliding: said of {len(self.sliding)} layers, and num_layers={self.num_layers}")
+        for name, kind in (("sliding_window", int), ("softmax_scale", float), ("attention_softcap", float), ("logit_softcap", float)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | kind) or value <= 0):
+                raise RequestError(f"{name}={value!r}: a positive number is needed")
 
     @property
     def heads_per_group(self) -> int:
@@ -67,6 +94,39 @@ class Arch:
     def norm_bias(self) -> bool:
         """Whether norms have a bias."""
         return self.normalization == "LayerNorm"
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.add_bias_linear or self.add_attention_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the matrices of the MLP have biases."""
+        return self.add_bias_linear or self.add_mlp_bias
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether QKV has a bias."""
+        return self.attention_bias or self.add_qkv_bias
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are learned, one row each, in place of rotary angles."""
+        return self.position_offset is not None
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the learned positions, those before the first token's included."""
+        return self.max_position_embeddings + (self.position_offset or 0)
+
+    def slides(self, number: int) -> bool:
+        """Whether block `number` sees no further back than the sliding window."""
+        return self.sliding_window is not None and (not self.sliding or self.sliding[number])
+
+    def of_layers(self, kept: Sequence[int]) -> "Arch":
+        """The architecture of these of its layers, where what they see differs."""
+        return self.replace(num_layers=len(kept), sliding=tuple(self.sliding[number] for number in kept) if self.sliding else ())
 
     def layer(self, number: int | None) -> "Arch":
         """The uniform architecture that block `number` is a block of; this one itself outside the blocks (None) or where blocks are alike."""
@@ -86,7 +146,11 @@ class Arch:
         return count_parameters(self)
 
     def replace(self, **sizes: Any) -> "Arch":
-        """This architecture with other sizes."""
+        """This architecture with other sizes. Of another number of layers, the first of it that slide are these, over and over: which layers are
+        kept, and with them how far each of them sees, `of_layers` is told."""
+        if self.sliding and "num_layers" in sizes:
+            kinds = itertools.islice(itertools.cycle(self.sliding), sizes["num_layers"])
+            sizes = {"sliding": tuple(kinds), **sizes}
         return dataclasses.replace(self, **sizes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +164,7 @@ class Arch:
         if unknown := sorted(set(values) - known):
             raise RequestError(f"arch: unknown sizes {', '.join(unknown)}")
         try:
-            return cls(**{**values, "layers": tuple(Layer(**sizes) for sizes in values.get("layers", ()))})
+            layers, sliding = tuple(Layer(**sizes) for sizes in values.get("layers", ())), tuple(values.get("sliding", ()))
+            return cls(**{**values, "layers": layers, "sliding": sliding})
         except TypeError as error:
             raise RequestError(f"arch: {error}") from error

@@ -31,7 +31,7 @@ class Axis:
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("hidden", "hidden_size", "model", None, "outputs of every norm", "channels of the residual stream"),
+        Axis("hidden", "hidden_size", "model", None, "outputs of every norm of the residual stream", "channels of the residual stream"),
         Axis("ffn", "ffn_hidden_size", "layer", None, "input of mlp.linear_fc2", "neurons of the MLP"),
         Axis("heads", "num_attention_heads", "layer", "groups", "input of self_attention.linear_proj", "query heads"),
         Axis("groups", "num_query_groups", "layer", None, "sum over its heads", "key/value heads with their query heads"),
@@ -48,7 +48,7 @@ class Dim:
     `by` says which comes first in memory: "unit" (a unit's parts lie together) or "part" (a part's units lie together).
     """
 
-    axis: str  # "hidden" | "ffn" | "groups" | "vocab"
+    axis: str  # "hidden" | "ffn" | "groups", or of what no axis cuts: "vocab" | "channels" | "positions"
     parts: tuple[str, ...] = ("one",)
     by: str = "unit"
 
@@ -56,11 +56,13 @@ class Dim:
 HIDDEN, FFN, VOCAB, HEADS = Dim("hidden"), Dim("ffn"), Dim("vocab"), Dim("groups", ("heads",))
 QKV = Dim("groups", ("heads", "head", "head"), by="unit")
 GATE_UP = Dim("ffn", ("one", "one"), by="part")
+CHANNELS, POSITIONS = Dim("channels"), Dim("positions")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One row of the table. `hf` holds one name per part of the first dim; `{layer}` stands for the layer's number.
+    """One row of the table. `hf` holds one name per part of the first dim, as Llama calls them, other families by `Family.names`;
+    `{layer}` stands for the layer's number.
 
     `fused` is the name under Transformer Engine's fused modules where it differs; `when` is what of Arch must be true (or, with
     "not ", false) for the parameter to exist. Two rows may have one name, of which a model has one.
@@ -80,17 +82,18 @@ class Parameter:
 
     def exists(self, arch: Arch) -> bool:
         """Whether a model of this architecture has it."""
-        return all(not getattr(arch, c[4:]) if c.startswith("not ") else any(getattr(arch, f) for f in c.split("|")) for c in self.when)
+        return all(not getattr(arch, c[4:]) if c.startswith("not ") else getattr(arch, c) for c in self.when)
 
 
 _LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 _Q, _K, _V, _O = (_HF + f"self_attn.{part}_proj." for part in "qkvo")
 _GATE, _UP, _DOWN = (_HF + f"mlp.{part}_proj." for part in ("gate", "up", "down"))
-_QKV_BIAS, _BIAS, _NORM_BIAS = ("add_qkv_bias|add_bias_linear",), ("add_bias_linear",), ("norm_bias",)
+_QKV_BIAS, _PROJ_BIAS, _BIAS, _NORM_BIAS = ("qkv_bias",), ("attention_bias",), ("mlp_bias",), ("norm_bias",)
 _GATED, _PLAIN = ("gated_linear_unit",), ("not gated_linear_unit",)
 
 PARAMETERS = (
     Parameter("embedding.word_embeddings.weight", (VOCAB, HIDDEN), 0, ("model.embed_tokens.weight",)),
+    Parameter("embedding.position_embeddings.weight", (POSITIONS, HIDDEN), None, ("model.embed_positions.weight",), when=("learned_positions",)),
     Parameter(_LAYER + "input_layernorm.weight", (HIDDEN,), None, (_HF + "input_layernorm.weight",),
               fused=_LAYER + "self_attention.linear_qkv.layer_norm_weight"),
     Parameter(_LAYER + "input_layernorm.bias", (HIDDEN,), None, (_HF + "input_layernorm.bias",),
@@ -98,7 +101,10 @@ PARAMETERS = (
     Parameter(_LAYER + "self_attention.linear_qkv.weight", (QKV, HIDDEN), 0, (_Q + "weight", _K + "weight", _V + "weight")),
     Parameter(_LAYER + "self_attention.linear_qkv.bias", (QKV,), 0, (_Q + "bias", _K + "bias", _V + "bias"), when=_QKV_BIAS),
     Parameter(_LAYER + "self_attention.linear_proj.weight", (HIDDEN, HEADS), 1, (_O + "weight",)),
-    Parameter(_LAYER + "self_attention.linear_proj.bias", (HIDDEN,), None, (_O + "bias",), when=_BIAS),
+    Parameter(_LAYER + "self_attention.linear_proj.bias", (HIDDEN,), None, (_O + "bias",), when=_PROJ_BIAS),
+    Parameter(_LAYER + "self_attention.q_layernorm.weight", (CHANNELS,), None, (_HF + "self_attn.q_norm.weight",), when=("qk_layernorm",)),
+    Parameter(_LAYER + "self_attention.k_layernorm.weight", (CHANNELS,), None, (_HF + "self_attn.k_norm.weight",), when=("qk_layernorm",)),
+    Parameter(_LAYER + "self_attention.linear_proj.post_norm.weight", (HIDDEN,), None, (_HF + "self_attn.post_norm.weight",), when=("post_norms",)),
     Parameter(_LAYER + "pre_mlp_layernorm.weight", (HIDDEN,), None, (_HF + "post_attention_layernorm.weight",),
               fused=_LAYER + "mlp.linear_fc1.layer_norm_weight"),
     Parameter(_LAYER + "pre_mlp_layernorm.bias", (HIDDEN,), None, (_HF + "post_attention_layernorm.bias",),
@@ -109,12 +115,15 @@ PARAMETERS = (
     Parameter(_LAYER + "mlp.linear_fc1.bias", (FFN,), 0, (_UP + "bias",), when=_BIAS + _PLAIN),
     Parameter(_LAYER + "mlp.linear_fc2.weight", (HIDDEN, FFN), 1, (_DOWN + "weight",)),
     Parameter(_LAYER + "mlp.linear_fc2.bias", (HIDDEN,), None, (_DOWN + "bias",), when=_BIAS),
+    Parameter(_LAYER + "mlp.linear_fc2.post_norm.weight", (HIDDEN,), None, (_HF + "mlp.post_norm.weight",), when=("post_norms",)),
     Parameter("decoder.final_layernorm.weight", (HIDDEN,), None, ("model.norm.weight",)),
     Parameter("decoder.final_layernorm.bias", (HIDDEN,), None, ("model.norm.bias",), when=_NORM_BIAS),
     Parameter("output_layer.weight", (VOCAB, HIDDEN), 0, ("lm_head.weight",), when=("not share_embeddings_and_output_weights",)),
 )  # fmt: skip
 
-_UNITS = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "groups": "num_query_groups", "vocab": "vocab_size"}
+_UNITS = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "groups": "num_query_groups", "vocab": "vocab_size",
+          "channels": "kv_channels", "positions": "position_rows"}  # fmt: skip
+CUT = ("hidden", "ffn", "groups")  # the axes of dims that pruning makes smaller
 
 
 def num_units(dim: Dim, arch: Arch) -> int:

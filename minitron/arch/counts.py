@@ -3,7 +3,7 @@
 import dataclasses
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import VOCAB, count_parameters, dim_size, parameters
+from minitron.arch.axes import POSITIONS, VOCAB, count_parameters, dim_size, parameters
 
 SCALES = {"memory_gb": 10**9, "gflops_per_token": 10**9}  # of the budgets: in which unit of what is counted, bytes and FLOPs
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -22,13 +22,13 @@ class Counts:
 def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
     """Costs of one forward pass of `arch` per token, at sequences of `seq_length` tokens."""
     matrix_sizes = [
-        (row.dims[0] == VOCAB, dim_size(row.dims[0], arch.layer(layer)) * dim_size(row.dims[1], arch.layer(layer)))
+        (row.dims[0] in (VOCAB, POSITIONS), dim_size(row.dims[0], arch.layer(layer)) * dim_size(row.dims[1], arch.layer(layer)))
         for row, layer in parameters(arch)
         if len(row.dims) == 2
     ]
-    embedding = sum(size for is_vocab, size in matrix_sizes if is_vocab)
+    embedding = sum(size for is_lookup, size in matrix_sizes if is_lookup)
     # every matrix is one multiply-add per element and token; the embedding is a lookup, the head (tied or not) a product
-    matrices = sum(size for is_vocab, size in matrix_sizes if not is_vocab) + arch.vocab_size * arch.hidden_size
+    matrices = sum(size for is_lookup, size in matrix_sizes if not is_lookup) + arch.vocab_size * arch.hidden_size
     blocks = [arch.layer(number) for number in range(arch.num_layers)]
     attention = 2 * seq_length * arch.kv_channels * sum(block.num_attention_heads for block in blocks)
     return Counts(

@@ -30,6 +30,11 @@ class Head:
     softcap: float | None = None
 
 
+def head_of(model: engine.Model, world: engine.World) -> Head:
+    """A model's head on this rank of its last stage."""
+    return Head(*engine.live_head(model, world), softcap=model.arch.logit_softcap)
+
+
 @dataclasses.dataclass(frozen=True)
 class WholeSignal:
     """The teacher's whole distribution of each token, as hidden states and a head: its logits are made in chunks, where they are used."""
@@ -78,8 +83,9 @@ class LiveTeacher:
         """As `Teacher` says."""
 
         def collect(number: int, hidden_SBG: Tensor) -> WholeSignal:
-            weight_vG, first = engine.live_head(self.model, self.world)
-            return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), Head(weight_vG.detach(), first))
+            head = head_of(self.model, self.world)
+            head = dataclasses.replace(head, weight_vH=head.weight_vH.detach())
+            return WholeSignal(engine.whole_sequence(hidden_SBG, self.world).flatten(0, 1), head)
 
         documents = [batch.documents_BS for batch in batches]
         return engine.forward_only(self.model, [batch.inputs_BS for batch in batches], self.world, collect, self.watch, documents)

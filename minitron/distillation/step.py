@@ -13,7 +13,7 @@ import torch
 from minitron import engine
 from minitron.config.schema import Distill
 from minitron.distillation.fused import Scratch, linear_distillation
-from minitron.distillation.signal import Head, Teacher
+from minitron.distillation.signal import Teacher, head_of
 
 Tensor = torch.Tensor
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def distillation_loss(
         def loss(number: int, hidden_SBH: Tensor) -> engine.LossParts:
             hidden_TH = engine.whole_sequence(hidden_SBH, world).flatten(0, 1)
             mask_T, labels_T = counted_mask(batches[number], world), local_tokens(batches[number].labels_BS, world)
-            signal, head = signals.pop(number), Head(*engine.live_head(student, world))  # freed as soon as it is used
+            signal, head = signals.pop(number), head_of(student, world)  # freed as soon as it is used
             losses = linear_distillation(hidden_TH, head, signal, mask_T, world, settings, labels_T, scratch)
             tokens = mask_T.sum(dtype=torch.int)
             parts = {"kd_loss": losses.kd} if settings.loss != "none" else {}

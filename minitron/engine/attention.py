@@ -6,13 +6,16 @@ so that every rank has the same share of a causal mask (Megatron's and Transform
 Shapes: S sequence (of this rank), B batch, N query heads of this rank, G KV groups of this rank, D kv_channels; W whole sequence, L piece.
 """
 
+import copy
 import functools
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
 
@@ -50,9 +53,24 @@ def documents_mask(documents_BW: torch.Tensor, cp: int = 1, cp_rank: int = 0) ->
     return (same_BSW & (mine_S[:, None] >= whole_W))[:, None]
 
 
+def sliding_mask(length: int, window: int, device: torch.device, cp: int = 1, cp_rank: int = 0) -> torch.Tensor:
+    """What each position of a context rank's part sees of the whole sequence: itself and `window - 1` before it; bool [1, 1, S, W]."""
+    whole_W = torch.arange(length, device=device)
+    behind_SW = sequence_part(whole_W, 0, cp, cp_rank)[:, None] - whole_W
+    return ((behind_SW >= 0) & (behind_SW < window))[None, None]
+
+
+def softcapped_attention(query_BNSD: torch.Tensor, key_BNWD: torch.Tensor, value_BNWD: torch.Tensor, attn_mask: torch.Tensor, scale: float,
+                         softcap: float, **unused: Any) -> torch.Tensor:  # fmt: skip
+    """Attention whose scores x become softcap x tanh(x / softcap) before the softmax, which no kernel of torch does: scores [S, W] are made."""
+    scores_BNSW = softcap * torch.tanh(query_BNSD @ key_BNWD.mT * (scale / softcap))
+    return torch.softmax(scores_BNSW.float().masked_fill(~attn_mask, -torch.inf), dim=-1).to(value_BNWD) @ value_BNWD
+
+
 class Attention(MegatronModule):
     """Causal attention by `scaled_dot_product_attention`: flash kernels on a GPU, no [S, S] matrix there unless a mask says what is seen.
 
+    A mask is made where a sliding window is shorter than the sequence, and where scores have a softcap.
     Under context parallelism each rank gathers the keys and values of the whole sequence and keeps its own queries.
     """
 
@@ -61,6 +79,17 @@ class Attention(MegatronModule):
         super().__init__(config=config)
         self.context = pg_collection.cp
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        self.softcap: float | None = config.attention_softcap
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if slides else None
+
+    def seen(self, attention_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+        """`attention_mask`, with what the sliding window leaves of it in a sequence of `length`; None only where everything before is seen."""
+        window = length if self.window is None else self.window
+        if window >= length and (self.softcap is None or attention_mask is not None):
+            return attention_mask
+        mask_11SW = sliding_mask(length, window, device, self.context.size(), self.context.rank())
+        return mask_11SW if attention_mask is None else attention_mask & mask_11SW
 
     def forward(self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, attention_mask: Any,
                 attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> torch.Tensor:  # fmt: skip
@@ -69,11 +98,15 @@ class Attention(MegatronModule):
         if cp > 1:
             key_SBGD, value_SBGD = (whole_context(x, self.context) for x in (key_SBGD, value_SBGD))
         query_BNSD, key_BGWD, value_BGWD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        attention_mask = self.seen(attention_mask, key_BGWD.size(2), key_BGWD.device)
         if attention_mask is not None:  # a GPU's kernels that take a mask know no groups: without this they would all be passed over
             key_BGWD, value_BGWD = (x.repeat_interleave(query_BNSD.size(1) // x.size(1), dim=1) for x in (key_BGWD, value_BGWD))
-        attend = functools.partial(
-            torch.nn.functional.scaled_dot_product_attention, scale=self.softmax_scale, enable_gqa=query_BNSD.size(1) != key_BGWD.size(1)
-        )
+        if self.softcap is not None:
+            attend = functools.partial(softcapped_attention, scale=self.softmax_scale, softcap=self.softcap)
+        else:
+            attend = functools.partial(
+                torch.nn.functional.scaled_dot_product_attention, scale=self.softmax_scale, enable_gqa=query_BNSD.size(1) != key_BGWD.size(1)
+            )
         if cp == 1:
             out_BNSD = attend(query_BNSD, key_BGWD, value_BGWD, attn_mask=attention_mask, is_causal=attention_mask is None)
         else:
@@ -87,6 +120,47 @@ class Attention(MegatronModule):
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
+class BlockAttention(SelfAttention):
+    """Megatron's, with biases of its own kind, apart from the MLP's, and in a layer that has them with rotary angles of its own."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        own = copy.copy(config)
+        own.add_bias_linear = config.add_attention_bias
+        super().__init__(own, *args, **kwargs)
+        self.rotary: Rotary | None = None
+
+    def forward(self, hidden_SBH: torch.Tensor, attention_mask: Any, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        if self.rotary is not None:
+            rotary_pos_emb = self.rotary(rotary_pos_emb.size(0) * self.rotary.cp)
+        return super().forward(hidden_SBH, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+class PostNorm:
+    """The last matrix of either half of a block, with a norm of what it puts out, bias included: to be mixed into a row-parallel matrix."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
+        self.post_norm = config.post_norm(config, output_size, eps=config.layernorm_epsilon)
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The normed output; nothing is left to be added."""
+        out_SBH, bias_H = super().forward(inputs)  # type: ignore[misc]
+        return self.post_norm(out_SBH if bias_H is None else out_SBH + bias_H), None
+
+
+class NormedRowParallelLinear(PostNorm, RowParallelLinear):
+    """Torch's spec has this one."""
+
+
+class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, in fp32 as transformers does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the last dim."""
+        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1.0, self.eps).type_as(x)
+
+
 class ZeroCentredLayerNorm(torch.nn.LayerNorm):
     """LayerNorm that multiplies by 1 + weight (LayerNorm1p), in the weight's own type as transformers does."""
 
@@ -96,7 +170,12 @@ class ZeroCentredLayerNorm(torch.nn.LayerNorm):
 
 
 # by kind, and whether weights lie around zero
-NORMS = {("RMSNorm", False): torch.nn.RMSNorm, ("LayerNorm", False): torch.nn.LayerNorm, ("LayerNorm", True): ZeroCentredLayerNorm}
+NORMS = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): ZeroCentredRMSNorm,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): ZeroCentredLayerNorm,
+}
 
 
 class Norm:

@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import GATE_UP, PARAMETERS, Indices, Parameter
+from minitron.arch.axes import GATE_UP, PARAMETERS, POSITIONS, Indices, Parameter
 from minitron.arch.shards import padded, shard_shape
-from minitron.engine.attention import Rotary
+from minitron.engine.attention import Rotary, sequence_part
 from minitron.engine.offload import HostWeights
 from minitron.engine.parallel import World, inside
 from minitron.engine.specs import SPECS, rope_settings, transformer_config
@@ -27,6 +27,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 class Chunk(GPTModel):
     """The layers of one pipeline stage. The last stage puts out hidden states: losses take them and the head's weight, never [S, B, V] logits."""
+
+    def angles(self, seq_length: int) -> torch.Tensor | None:
+        """Rotary angles of this rank's part of a sequence; None where positions are learned."""
+        return self.rotary_pos_emb(seq_length) if self.position_embedding_type == "rope" else None
 
     def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
         return hidden_states
@@ -99,17 +103,39 @@ def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", 
                 config,
                 SPECS[spec](config, vp_stage),
                 vocab_size=padded(arch, world.tp).vocab_size,
-                max_sequence_length=arch.max_position_embeddings,
+                max_sequence_length=arch.position_rows,
                 pre_process=world.is_first_stage and number == 0,
                 post_process=world.is_last_stage and number == world.vpp - 1,
                 share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
-                position_embedding_type="rope",
+                position_embedding_type="learned_absolute" if arch.learned_positions else "rope",
                 pg_collection=world.groups,
                 vp_stage=vp_stage,
             )
-        chunk.rotary_pos_emb = Rotary(rope_settings(arch), world.device, world.cp, world.cp_rank)
+        if not arch.learned_positions:
+            chunk.rotary_pos_emb = Rotary(rope_settings(arch), world.device, world.cp, world.cp_rank)
+        if chunk.pre_process:
+            if arch.learned_positions:
+                chunk.embedding.register_forward_pre_hook(functools.partial(numbered, arch, world), with_kwargs=True)
+            if arch.scaled_embeddings:
+                chunk.embedding.register_forward_hook(scaled)
         chunks.append(chunk)
-    return Model(chunks, arch)
+    model = Model(chunks, arch)
+    for number, block in model.blocks():
+        if arch.sliding_rope and arch.slides(number):
+            block.self_attention.rotary = Rotary(rope_settings(arch, sliding=True), world.device, world.cp, world.cp_rank)
+    return model
+
+
+def numbered(arch: Arch, world: World, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What an embedding with learned positions is called with: the tokens of this context rank's part, and the rows of their positions."""
+    tokens_BS = kwargs["input_ids"]
+    whole_W = torch.arange(tokens_BS.size(1) * world.cp, device=tokens_BS.device) + (arch.position_offset or 0)
+    return args, {**kwargs, "position_ids": sequence_part(whole_W, 0, world.cp, world.cp_rank).expand_as(tokens_BS)}
+
+
+def scaled(module: Any, args: tuple[Any, ...], embedded_SBH: torch.Tensor) -> torch.Tensor:
+    """Embeddings times the square root of their width, which is rounded to their type as transformers does."""
+    return embedded_SBH * torch.tensor(embedded_SBH.size(-1) ** 0.5, dtype=embedded_SBH.dtype, device=embedded_SBH.device)
 
 
 @functools.cache
@@ -157,6 +183,6 @@ def put(model: Model, name: str, row: Parameter, layer: int | None, tensor: torc
         new.__dict__.pop(mark, None)
     if row.tp_dim is not None:
         set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0] == GATE_UP else 1)
-    else:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is summed over them
-        new.__dict__["sequence_parallel"] = model.config.sequence_parallel
+    elif row.dims[0] != POSITIONS:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is
+        new.__dict__["sequence_parallel"] = model.config.sequence_parallel  # summed over them (positions are looked up before it is divided)
     setattr(owner, attribute, new)

@@ -93,7 +93,7 @@ def streams(chunk: Chunk, inputs_BS: Tensor, world: World, probes: Sequence[rang
     layers = list(chunk.decoder.layers)
     first = layers[0].layer_number - 1
     end = first + len(layers)
-    angles = chunk.rotary_pos_emb(inputs_BS.size(1))
+    angles = chunk.angles(inputs_BS.size(1))
 
     def through(hidden_SKH: Tensor, number: int) -> Tensor:
         hidden_SKH, _ = layers[number - first](hidden_states=hidden_SKH, attention_mask=None, rotary_pos_emb=angles)

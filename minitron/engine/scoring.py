@@ -61,7 +61,7 @@ def position_losses(model: Model, hidden_SBH: Tensor, tokens_BT: Tensor, world: 
     labels_BS = local_part(tokens_BT[:, 1:], world).to(world.device)
     hidden_NH = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
     weight_vH, first = live_head(model, world)
-    return token_losses(hidden_NH, weight_vH, first, labels_BS.flatten(), world).view_as(labels_BS)
+    return token_losses(hidden_NH, weight_vH, first, labels_BS.flatten(), world, softcap=model.arch.logit_softcap).view_as(labels_BS)
 
 
 def from_last_stages(sums: Tensor, world: World) -> Tensor:

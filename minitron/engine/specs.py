@@ -4,6 +4,7 @@ Two specs: torch's modules, which run anywhere, and Transformer Engine's.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -13,14 +14,14 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from minitron.arch.arch import Arch
 from minitron.arch.shards import padded, stage_layers
-from minitron.engine.attention import Attention, Norm, Rotary
+from minitron.engine.attention import Attention, BlockAttention, Norm, NormedRowParallelLinear, PostNorm, Rotary
 from minitron.engine.parallel import World
 from minitron.errors import refuse
 
@@ -30,13 +31,21 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "squared_relu": squared_relu,
+    "relu": torch.relu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 class BlockConfigs(TransformerConfig):
-    """Megatron's settings, with other sizes for each block where `arch.layers` gives them."""
+    """Megatron's settings, with other sizes for each block where `arch.layers` gives them, and what Megatron has no setting for."""
 
     blocks: tuple[Arch, ...] = ()
+    add_attention_bias: bool = False
+    attention_softcap: float | None = None
+    post_norm: Any = None  # the norm of what either half of a block puts out
 
     def get_config_for_layer(self, layer_number: int) -> "BlockConfigs":
         """The settings of a block, counted from 1; Megatron asks where `heterogeneous_block_specs` is set."""
@@ -71,8 +80,12 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
         layernorm_epsilon=arch.layernorm_epsilon,
         gated_linear_unit=arch.gated_linear_unit,
         activation_func=ACTIVATIONS[arch.activation_func],
-        add_bias_linear=arch.add_bias_linear,
+        add_bias_linear=arch.mlp_bias,
         add_qkv_bias=arch.add_qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
+        softmax_scale=arch.softmax_scale,
+        window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
+        window_attn_skip_freq=[int(slides) for slides in arch.sliding] or None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # a loss is the sum over its tokens, divided once by the count of the whole global batch
@@ -94,6 +107,8 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
     if (factor := rope_factor(arch)) != 1.0:  # Megatron makes its factor on cos and sin of these three: here, 1 + 0.1 x mscale x log(scaling)
         config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
+    config.add_attention_bias, config.attention_softcap = arch.attention_bias, arch.attention_softcap
+    config.post_norm = (Norm if spec == "torch" else transformer_engine_norm()) if arch.post_norms else None
     config.heterogeneous_block_specs = bool(arch.layers)
     config.blocks = tuple(padded(arch.layer(number), world.tp) for number in range(arch.num_layers))
     return config
@@ -104,7 +119,7 @@ def recomputed(recompute: str, arch: Arch) -> dict[str, Any]:
     is a parameter, as something that it computed, and the process ends in the backward pass."""
     words: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *([] if arch.add_bias_linear else ["mlp"])]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *([] if arch.mlp_bias else ["mlp"])]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return words[recompute]
@@ -121,12 +136,12 @@ def pipeline_layout(arch: Arch, world: World) -> list[list[str]] | None:
 
 
 def rope_factor(arch: Arch) -> float:
-    """What cos and sin are multiplied by (1 but for yarn and longrope)."""
+    """What cos and sin are multiplied by (1 but for yarn and longrope, which no family has in some of its layers alone)."""
     return Rotary(rope_settings(arch), torch.device("cpu")).inverse_frequencies(arch.max_position_embeddings)[1]
 
 
-def rope_settings(arch: Arch) -> Any:
-    """What transformers' rotary formulas read of a config (of a class that accepts every shape)."""
+def rope_settings(arch: Arch, sliding: bool = False) -> Any:
+    """What transformers' rotary formulas read of a config (of a class that accepts every shape); `sliding`: of the layers with a sliding window."""
     from transformers import MistralConfig
 
     return MistralConfig(
@@ -135,44 +150,62 @@ def rope_settings(arch: Arch) -> Any:
         num_key_value_heads=arch.num_query_groups,
         head_dim=arch.kv_channels,
         max_position_embeddings=arch.max_position_embeddings,
-        rope_parameters=json.loads(arch.rope),
+        rope_parameters=json.loads(arch.sliding_rope if sliding else arch.rope),
     )
 
 
-def torch_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def torch_spec(config: BlockConfigs, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Blocks of plain torch modules, every norm a module of its own, so that a plain hook sees what it puts out."""
+    last = NormedRowParallelLinear if config.post_norm else RowParallelLinear
+    of_heads = Norm if config.qk_layernorm else None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=BlockAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=last, q_layernorm=of_heads, k_layernorm=of_heads
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=last)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
 
 
-def transformer_engine_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Blocks of Transformer Engine's fused modules (a GPU and the package are needed)."""
+def transformer_engine_norm() -> Any:
+    """Transformer Engine's norm of the kind that the settings say."""
     from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def transformer_engine_spec(config: BlockConfigs, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Blocks of Transformer Engine's fused modules (a GPU and the package are needed)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=TENorm)
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    attention.module = BlockAttention
+    if config.post_norm:
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+        normed = type("NormedTERowParallelLinear", (PostNorm, TERowParallelLinear), {})
+        attention.submodules.linear_proj = mlp.submodules.linear_fc2 = normed
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=transformer_engine_norm())
 
 
 SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
 
 
-def pick_spec(setting: str, world: World, separate_documents: bool = False) -> str:
+def pick_spec(setting: str, world: World, separate_documents: bool = False, softcap: bool = False) -> str:
     """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present and it can do what is asked.
+    `softcap`: attention's scores have one.
 
     Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
     """
@@ -183,6 +216,8 @@ def pick_spec(setting: str, world: World, separate_documents: bool = False) -> s
         reason = "the package transformer-engine is not installed"
     elif separate_documents:
         reason = "Transformer Engine's attention is not told of the documents of data.separate_documents=true"
+    elif softcap:
+        reason = "Transformer Engine's attention has no softcap on its scores"
     if setting == "transformer_engine" and reason is not None:
         raise refuse("spec", setting, f"{reason}; use auto or torch")
     return "torch" if setting == "torch" or reason is not None else "transformer_engine"

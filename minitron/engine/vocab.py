@@ -31,13 +31,16 @@ def all_ranks(packed_KC: Tensor, world: World) -> Tensor:
     return gathered
 
 
-def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512) -> Tensor:
-    """Cross-entropy of each token in nats, fp32 [T], without gradients."""
+def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512,
+                 softcap: float | None = None) -> Tensor:  # fmt: skip
+    """Cross-entropy of each token in nats, fp32 [T], without gradients. `softcap`: of the logits (arch.Arch)."""
     # a processor sums over so few rows in its caches; a GPU over all of a chunk in one kernel
     rows = 8 if hidden_TH.device.type == "cpu" else chunk_tokens
     losses = []
     for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
         logits_Cv = hidden_CH @ weight_vH.t()
+        if softcap is not None:
+            logits_Cv = logits_Cv.div_(softcap).tanh_().mul_(softcap)
         inside_C = (labels_C >= first) & (labels_C < first + weight_vH.shape[0])
         mine_C = torch.where(inside_C, labels_C - first, 0)
         target_C = torch.where(inside_C, logits_Cv.gather(1, mine_C[:, None])[:, 0].float(), 0.0)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.arch.axes import PARAMETERS, QKV, Dim, Indices, Parameter, dim_rows, num_units
+from minitron.arch.axes import CUT, PARAMETERS, QKV, Dim, Indices, Parameter, dim_rows, num_units
 from minitron.arch.shards import held_units, shard_shape, stage_of
 from minitron.arch.units import to_units
 from minitron.pruning.balance import Plan, balance
@@ -32,6 +32,7 @@ def reslice(
     of parameters and the tied head.
     """
     original, keep = model.arch, as_laid(keep, model.unit_order, model.arch)
+    target = of_kept(target, original, keep)
     pruned = engine.skeleton(target, world, model.config.params_dtype, spec, recompute)
     taken = release if empty else parameter_of
     plans = Plans(keep, original, world, model.unit_order)
@@ -64,6 +65,11 @@ def reslice(
     pruned.unit_order = engine.merge_over_stages(pruned.unit_order, world)
     check(pruned, world)
     return pruned
+
+
+def of_kept(target: Arch, original: Arch, keep: Keep) -> Arch:
+    """`target` with what is known of it only when it is known which layers stay: how far each of them sees."""
+    return target.replace(sliding=original.of_layers(keep.layers.tolist()).sliding)
 
 
 def journeys(keep: Keep, original: Arch, target: Arch, world: engine.World) -> list[tuple[int, int, int]]:
@@ -121,8 +127,8 @@ class Plans:
 
 
 def kept_units(keep: Keep, dim: Dim, layer: int | None, original: Arch) -> Indices:
-    """The kept units of a dim; the vocabulary is never cut."""
-    if dim.axis == "vocab":
+    """The kept units of a dim; the vocabulary, positions and the channels of a head are never cut."""
+    if dim.axis not in CUT:
         return np.arange(num_units(dim, original))
     return keep.hidden if dim.axis == "hidden" else getattr(keep, dim.axis)[layer]
 

@@ -12,7 +12,7 @@ from minitron import engine
 from minitron.config.schema import Config, TeacherCache
 from minitron.distillation import cache
 from minitron.distillation.fused import Scratch
-from minitron.distillation.signal import Head, TopSignal
+from minitron.distillation.signal import TopSignal, head_of
 from minitron.distillation.topk import top_signal
 from minitron.errors import RequestError
 from minitron.record import locked, own
@@ -94,7 +94,7 @@ def predictions(model: engine.Model, rows: range, opened: Session) -> list[TopSi
 
     def collect(number: int, hidden_SBG: torch.Tensor) -> list[TopSignal]:
         hidden_SBG = engine.whole_sequence(hidden_SBG, world)
-        head = Head(*engine.live_head(model, world))
+        head = head_of(model, world)
         found = top_signal(hidden_SBG.flatten(0, 1), head, settings.teacher.cache.top_k, settings.distill.temperature, world,
                            settings.distill.chunk_tokens, scratch)  # fmt: skip
         parts = (found.tokens_TK, found.log_probs_TK, found.tail_T)

@@ -43,7 +43,7 @@ def work(opened: Session) -> None:
 
     def note() -> None:
         keep.save(opened.folder / KEEP)
-        write_json(opened.folder / "arch.json", {"original": original.to_dict(), "pruned": target.to_dict()})
+        write_json(opened.folder / "arch.json", {"original": original.to_dict(), "pruned": pruned.arch.to_dict()})
 
     opened.mark("prune", done=False)
     engine.on_main(opened.world, note)

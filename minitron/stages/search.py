@@ -21,7 +21,7 @@ from minitron.files import remove, sha256, write_text
 from minitron.importance.scores import FILE as SCORES
 from minitron.importance.scores import Scores
 from minitron.pruning.keep import Keep, select
-from minitron.pruning.reslice import reslice
+from minitron.pruning.reslice import of_kept, reslice
 from minitron.pruning.target import target_arch
 from minitron.record import settings_of
 from minitron.reporting.console import Advance, progress, say, show_candidates, show_rung, show_search
@@ -61,6 +61,7 @@ def work(opened: Session) -> None:
     results = engine.on_main(world, lambda: begun(opened, key)) or found(opened)
     shapes = {one.name: target_arch(source.arch, one.target(target), opened.cfg.parallel) for one in results.candidates}
     keeps = {name: select(scores.tensors, source.arch, shape, target.layers_by, target.merge_heads) for name, shape in shapes.items()}
+    shapes = {name: of_kept(shape, source.arch, keeps[name]) for name, shape in shapes.items()}
     opened.mark("search", done=False)
 
     def note() -> None:

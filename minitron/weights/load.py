@@ -10,10 +10,11 @@ from safetensors import safe_open
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.arch.axes import PARAMETERS, VOCAB, Parameter, part_sizes
+from minitron.arch.axes import PARAMETERS, VOCAB, Parameter, num_units, part_sizes
+from minitron.arch.families import hf_names
 from minitron.arch.shards import held_units, shard_shape
 from minitron.arch.units import to_units
-from minitron.weights.source import Source
+from minitron.weights.source import Source, stored_name
 
 
 def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> engine.Model:
@@ -47,6 +48,7 @@ class Reader:
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """The part `index` of a tensor; nothing else of it is read."""
+        name = stored_name(name, self.files)
         file = self.files[name]
         if file not in self.handles:
             self.handles[file] = safe_open(file, framework="pt").__enter__()
@@ -66,10 +68,15 @@ def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, wo
     held = [held_units(dim, arch, world.tp, world.tp_rank, sharded=index == row.tp_dim)[0] for index, dim in enumerate(row.dims)]
     sizes = part_sizes(row.dims[0], arch)
     places_UPR = to_units(shard, 0, row.dims[0], arch).split(sizes, dim=1)
-    for template, size, place_UPR in zip(row.hf, sizes, places_UPR, strict=True):
+    names, transposed = hf_names(row, arch.family)
+    begins = dict.fromkeys(names, 0)  # where the next part begins in each tensor
+    for template, size, place_UPR in zip(names, sizes, places_UPR, strict=True):
         rows_per_unit = [size, *(sum(part_sizes(dim, arch)) for dim in row.dims[1:])]
-        index = tuple(slice(units.start * n, units.stop * n) for units, n in zip(held, rows_per_unit, strict=True))
-        part = reader.read(template.format(layer=layer), index)
+        first, *others = [slice(units.start * n, units.stop * n) for units, n in zip(held, rows_per_unit, strict=True)]
+        index = (slice(begins[template] + first.start, begins[template] + first.stop), *others)
+        begins[template] += num_units(row.dims[0], arch) * size
+        part = reader.read(template.format(layer=layer), index[::-1] if transposed else index)
+        part = part.t() if transposed else part
         place = place_UPR[: len(held[0])]
         for dim, length in enumerate(part.shape[1:], start=2):
             place = place.narrow(dim, 0, length)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Dim, Indices, num_units, parameters
-from minitron.arch.families import to_hf
+from minitron.arch.families import hf_names, to_hf
 from minitron.arch.shards import padded
 from minitron.arch.units import from_units, to_units, unfuse
 from minitron.errors import RequestError
@@ -77,8 +77,11 @@ def gathered(model: engine.Model, world: engine.World) -> Iterator[tuple[str, to
         if row.tp_dim is not None:
             dim = row.dims[row.tp_dim]
             whole = merge_shards(whole, row.tp_dim, dim, arch, world.tp, model.unit_order.get(f"{dim.axis}.{layer}"))
-        for template, part in zip(row.hf, unfuse(whole.cpu(), row.dims[0], arch), strict=True):
-            yield template.format(layer=layer), part
+        names, transposed = hf_names(row, arch.family)
+        parts = list(zip(names, unfuse(whole.cpu(), row.dims[0], arch), strict=True))
+        for template in dict.fromkeys(names):
+            tensor = torch.cat([part for name, part in parts if name == template])
+            yield template.format(layer=layer), tensor.t() if transposed else tensor
 
 
 def merge_shards(whole: torch.Tensor, index: int, dim: Dim, arch: Arch, tp: int, order: Indices | None = None) -> torch.Tensor:

@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import dim_size, parameters, part_sizes
-from minitron.arch.families import from_hf
+from minitron.arch.axes import dim_size, num_units, parameters, part_sizes
+from minitron.arch.families import from_hf, hf_names
 from minitron.errors import RequestError, refuse
 from minitron.files import atomic_path, read_json, sha256
 from minitron.packages import resolve_package
@@ -146,16 +146,23 @@ def open_folder(folder: Path, setting: str) -> Source:
     shapes = _shapes(files, setting)
     # a tied head may be stored beside the embedding; it is then a copy of it
     for row, layer in parameters(arch):
-        sizes = [part_sizes(dim, arch) for dim in row.dims]
-        for part, template in enumerate(row.hf):
-            name = template.format(layer=layer)
-            units = dim_size(row.dims[0], arch) // sum(sizes[0])
-            expected = (units * sizes[0][part], *(dim_size(dim, arch) for dim in row.dims[1:]))
-            if name not in shapes:
+        names, transposed = hf_names(row, arch.family)
+        rows = dict.fromkeys(names, 0)
+        for name, size in zip(names, part_sizes(row.dims[0], arch), strict=True):
+            rows[name] += num_units(row.dims[0], arch) * size
+        for template, length in rows.items():
+            name, expected = template.format(layer=layer), (length, *(dim_size(dim, arch) for dim in row.dims[1:]))
+            expected, stored = expected[::-1] if transposed else expected, stored_name(name, shapes)
+            if stored not in shapes:
                 raise RequestError(f"{setting}={folder}: tensor {name} is missing")
-            if shapes[name] != expected:
-                raise RequestError(f"{setting}={folder}: tensor {name} has shape {shapes[name]}, config.json says {expected}")
+            if shapes[stored] != expected:
+                raise RequestError(f"{setting}={folder}: tensor {name} has shape {shapes[stored]}, config.json says {expected}")
     return Source(folder, config, arch, files)
+
+
+def stored_name(name: str, stored: Container[str]) -> str:
+    """The name that a tensor is stored by: folders of a model without its head, as GPT-2's on the hub, leave out the first word."""
+    return name if name in stored else name.partition(".")[2]
 
 
 def _weight_files(folder: Path, setting: str) -> dict[str, Path]:

@@ -21,6 +21,14 @@ def test_separate_documents_take_torch_s_modules(monkeypatch):
         pick_spec("transformer_engine", world, separate_documents=True)
 
 
+def test_softcaps_of_scores_take_torch_s_modules(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    world = SimpleNamespace(device=torch.device("cuda"))
+    assert pick_spec("auto", world, softcap=True) == "torch"
+    with pytest.raises(RequestError, match=r"^spec=transformer_engine: .* has no softcap on its scores; use auto or torch$"):
+        pick_spec("transformer_engine", world, softcap=True)
+
+
 def test_names_inside_fused_modules_are_those_that_megatron_turns_into_plain_ones():
     hooks = pytest.importorskip("megatron.core.post_training.modelopt.gpt.state_dict_hooks")
     fused = {row.fused.format(layer=3): row.name.format(layer=3) for row in PARAMETERS if row.fused}

@@ -13,6 +13,7 @@ TINY = {
 BIASES = {"attention_bias": True, "mlp_bias": True}
 UNTIED = {"tie_word_embeddings": False}
 NEMOTRON = {"model_type": "nemotron"}
+ZERO_CENTRED = ("nemotron", "gemma", "gemma2", "gemma3_text")
 
 
 def _rope(kind: str, theta: float = 10000.0, **settings: Any) -> dict[str, Any]:
@@ -64,15 +65,15 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
     Norms are near what leaves lengths alone: ones, or zeros where 1 is added to them.
     """
-    centre = 0.0 if model.config.model_type == "nemotron" else 1.0
+    centre = 0.0 if model.config.model_type in ZERO_CENTRED else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() > 1:
-                tensor.copy_(noise * (1.0 if "embed" in name else 1.5 / tensor.shape[1] ** 0.5))
+                tensor.copy_(noise * (1.0 if "embed" in name or ".wte" in name or ".wpe" in name else 1.5 / tensor.shape[1] ** 0.5))
             else:
-                tensor.copy_(noise * 0.3 + centre * name.endswith("norm.weight"))
+                tensor.copy_(noise * 0.3 + centre * name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")))
     return model
 
 

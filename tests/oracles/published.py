@@ -26,9 +26,53 @@ CONFIGS = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "max_position_embeddings": 8192, "tie_word_embeddings": False,
         "sliding_window": None,
     },
+    "Mistral-NeMo-12B": {
+        "model_type": "mistral", "num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+        "sliding_window": None, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5,
+    },
     "Nemotron-4 15B": _NEMOTRON4_15B,
     "Minitron-8B": {**_NEMOTRON4_15B, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 128, "attention_bias": False, "mlp_bias": False},
     "Minitron-4B": {**_NEMOTRON4_15B, "hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24, "kv_channels": 128},
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 1000000.0,
+        "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24, "use_mrope": False,
+    },
+    "Qwen3-8B": {
+        "model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+        "rope_theta": 1000000, "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36,
+    },
+    "Gemma-7B": {
+        "model_type": "gemma", "num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 24576, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu", "vocab_size": 256000, "max_position_embeddings": 8192,
+    },
+    "Gemma-2-2B": {
+        "model_type": "gemma2", "num_hidden_layers": 26, "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": 256000, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "Gemma-3-1B": {
+        "model_type": "gemma3_text", "num_hidden_layers": 26, "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "vocab_size": 262144,
+        "max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6,
+        "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    "Phi-3-mini": {
+        "model_type": "phi3", "num_hidden_layers": 32, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "rope_scaling": None, "sliding_window": 2047,
+    },
+    "GPT-2": {
+        "model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new",
+    },
+    "OPT-125M": {
+        "model_type": "opt", "num_hidden_layers": 12, "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12, "vocab_size": 50272,
+        "max_position_embeddings": 2048, "word_embed_proj_dim": 768, "activation_function": "relu", "do_layer_norm_before": True,
+    },
 }  # fmt: skip
 PARAMETERS = {
     "SmolLM2-135M": "134.5 M",
@@ -36,7 +80,16 @@ PARAMETERS = {
     "Llama-3.1-Minitron-4B-Width": "4.5 B",
     "Llama-3.1-Minitron-4B-Depth": "4.5 B",
     "Mistral-NeMo-Minitron-8B": "8.4 B",
+    "Mistral-NeMo-12B": "12.2 B",
     "Nemotron-4 15B": "15.6 B",
     "Minitron-8B": "8.27 B",
     "Minitron-4B": "4.19 B",
+    "Qwen2.5-0.5B": "0.49 B",
+    "Qwen3-8B": "8.2 B",
+    "Gemma-7B": "8.5 B",
+    "Gemma-2-2B": "2.6 B",
+    "Gemma-3-1B": "1.0 B",
+    "Phi-3-mini": "3.8 B",
+    "GPT-2": "0.124 B",
+    "OPT-125M": "0.125 B",
 }

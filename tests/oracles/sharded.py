@@ -14,6 +14,8 @@ def whole_logits(model: Model, tokens_BS: torch.Tensor, world: World, documents_
     def collect(_: int, hidden_SBH: torch.Tensor) -> torch.Tensor:
         hidden_SBH = whole_sequence(hidden_SBH, world)
         shard_VSB = torch.einsum("sbh,vh->vsb", hidden_SBH, model.head_weight())
+        if (softcap := model.arch.logit_softcap) is not None:
+            shard_VSB = softcap * torch.tanh(shard_VSB / softcap)
         whole_VSB = whole_context(gather_shards(shard_VSB.contiguous(), world).transpose(0, 1), world.groups.cp).transpose(0, 1)
         return whole_VSB[: model.arch.vocab_size].permute(2, 1, 0).float()
 
