@@ -108,10 +108,10 @@ def targets_of(name: str) -> dict[str, Target]:
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """A sample's configuration, of its family's own class."""
+    """A sample's configuration, of its family's own class; with a token for padding its embedding would learn nothing."""
     model_type, sample = name.split(".")
     sizes = {key: SIZES[field] for field, key in FAMILIES[model_type].sizes.items()}
-    return AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": 0, **SAMPLES[model_type][sample]})
+    return AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": None, **SAMPLES[model_type][sample]})
 
 
 def save_samples(root: Path, seed: int = 0, wanted: list[str] | None = None) -> dict[str, Path]:
