@@ -53,7 +53,7 @@ def configs(draw, model_type):
         "vocab_size": draw(st.integers(2, 90)), "max_position_embeddings": 32, "layernorm_epsilon": 1e-4,
         "share_embeddings_and_output_weights": draw(st.booleans()),
     }  # fmt: skip
-    config = {"model_type": model_type, **{key: sizes[field] for field, key in names.items()}}
+    config = {"model_type": model_type, "pad_token_id": None, **{key: sizes[field] for field, key in names.items()}}
     beside = draw(st.sampled_from(list(SAMPLES[model_type].values())))
     config |= {key: value for key, value in beside.items() if key not in (*config, "layer_types", "rope_parameters")}
     return config | ({"partial_rotary_factor": draw(st.sampled_from([0.25, 0.5, 1.0]))} if model_type == "nemotron" else {})
