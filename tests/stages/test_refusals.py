@@ -76,7 +76,7 @@ def without_tokenizer(folder):
     [
         (truncated, "model.safetensors is missing, truncated or not safetensors"),
         (without_weights, "no model.safetensors and no model.safetensors.index.json"),
-        (of_unknown_kind, "model_type 'rwkv' is not supported; supported: llama, mistral, nemotron"),
+        (of_unknown_kind, "model_type 'rwkv' is not supported; supported: gemma, "),
         (without_tokenizer, "tokenizer"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
