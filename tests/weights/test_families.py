@@ -64,9 +64,9 @@ def folders(tmp_path_factory):
     return save_samples(tmp_path_factory.mktemp("samples"))
 
 
-@pytest.fixture(scope="module", params=["a model of each", pytest.param("every model, every cut", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["one", pytest.param("every", marks=pytest.mark.slow)])
 def runs(request, folders, tmp_path_factory):
-    quick, out = request.param == "a model of each", tmp_path_factory.mktemp("exported")
+    quick, out = request.param == "one", tmp_path_factory.mktemp("exported")
     chosen = {name: folders[name] for name in folders if not quick or name in map(".".join, QUICK.items())}
     cuts = {name: list(targets_of(name))[-1:] if quick else list(targets_of(name)) for name in chosen}  # the last one cuts several axes
     ranks = on_ranks(at_layout, FIRST, chosen, cuts, out)
