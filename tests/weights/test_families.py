@@ -11,12 +11,15 @@ import torch
 
 from minitron.arch.axes import PARAMETERS
 from minitron.arch.families import FAMILIES, hf_names, written_as
-from minitron.config.schema import Distill, Parallel, Train
+from minitron.config.schema import Distill, Parallel, Target, Train
 from minitron.distillation.signal import LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
+from minitron.engine.checkpoint import load_model, save_model
 from minitron.engine.schedule import forward_only
+from minitron.engine.scoring import language_model_score
 from minitron.engine.trainer import Trainer
+from minitron.importance.depth import losses_without
 from minitron.importance.hooks import Probes
 from minitron.importance.scores import collect, magnitude_scores, random_scores
 from minitron.pruning.keep import select
@@ -170,6 +173,27 @@ def test_windows_and_softcaps_with_documents_that_do_not_see_each_other(layout, 
     ranks = on_ranks(with_documents, layout, chosen)
     for name, folder in chosen.items():
         assert (of_last_stage([rank[name] for rank in ranks]) - documents_of(folder)[1]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["gemma2.softcaps", "gemma3_text.biases", "gpt2.tied"])
+def test_the_loss_without_a_layer_is_that_of_the_model_cut_and_saved(name, folders, alone, tmp_path):
+    """Over softcaps, windows of some layers and learned positions; with all layers it is that of `transformers`."""
+    source, windows = open_folder(folders[name], "model.path"), tokens_of(VOCAB, 3, LENGTH + 1)
+    batches = [(windows, torch.ones(3, dtype=torch.bool))]
+    model = load(source, alone, torch.float32)
+    with torch.no_grad():
+        assert language_model_score(model, batches, alone).loss == pytest.approx(
+            hf_model(folders[name])(windows, labels=windows).loss.item(), rel=1e-5
+        )
+    losses = losses_without(model, batches, alone, [1])[1]
+    scores = random_scores(source.arch, 0) | {"layers.bi": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}
+    target = target_arch(source.arch, Target(num_layers=4), Parallel())
+    cut = reslice(model, select(scores, source.arch, target), target, alone)
+    assert [cut.arch.slides(number) for number in range(4)] == [source.arch.slides(number) for number in (0, 2, 3, 4)]
+    save_model(cut, tmp_path / "saved", alone)
+    again = load_model(tmp_path / "saved", alone, torch.float32)
+    assert again.arch == cut.arch
+    assert language_model_score(again, batches, alone).loss == pytest.approx(losses[1].item(), rel=1e-5)
 
 
 def moving(part, *tensors):
