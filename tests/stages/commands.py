@@ -1,7 +1,9 @@
 """Runs `minitron` commands as a user's shell would, in processes of their own."""
 
 import contextlib
+import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -63,3 +65,11 @@ def small_compression(model: Path, text: Path) -> list[str]:
         "train.seq_length=64", "train.eval_interval=8", "train.eval_tokens=2048", "train.save_interval=4", "train.warmup_steps=2", "train.lr=2e-3",
         "eval.tokens=4096", "logging.progress=false",
     ]  # fmt: skip
+
+
+def write_tales(file: Path) -> Path:
+    """96 documents of words that the tokenizer of `stories` knows, in jsonl."""
+    draw = random.Random(5)
+    words = "once there was a little dog in the big red park and he was very happy to play with Lily".split()  # noqa: SIM905
+    file.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=draw.randrange(40, 90)))}) + "\n" for _ in range(96)))
+    return file

@@ -15,6 +15,7 @@ import pytest
 
 from minitron.engine.checkpoint import Checkpoints
 from tests.oracles.models import same_tensors, saved_tensors
+from tests.stages.commands import write_tales
 from tests.stages.watched import ORDERS, Moment, Orders, of_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,10 +33,7 @@ LAYOUTS = {"alone": (1, []), "tp2": (2, ["parallel.tp=2"]), "dp2": (2, []), "tp2
 @pytest.fixture(scope="module")
 def settings(stories, tmp_path_factory):
     """Settings of a compression of eight steps."""
-    draw = random.Random(5)
-    words = "once there was a little dog in the big red park and he was very happy to play with Lily".split()  # noqa: SIM905
-    text = tmp_path_factory.mktemp("text") / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=draw.randrange(40, 90)))}) + "\n" for _ in range(96)))
+    text = write_tales(tmp_path_factory.mktemp("text") / "text.jsonl")
     return [f"model.path={stories}", f"data.train={text}", *SETTINGS]
 
 
