@@ -6,25 +6,26 @@ import pytest
 
 from minitron.arch.arch import Arch
 from tests.slurm.cluster.cluster import Cluster, sh
-from tests.slurm.jobs import ONE_NODE, TWO_NODES, nothing_runs, results, submit
+from tests.slurm.jobs import JOB, nothing_runs, results, submit
 from tests.stages.commands import write_tales
 
 pytestmark = pytest.mark.slurm
 SEARCH = [
-    "search.params=200e3", "search.num_layers=[5]", "search.hidden_size=[48,56]", "search.ffn_hidden_size=[112,128,144]", "search.tokens=512",
+    "search.params=200e3", "search.num_layers=[5]", "search.hidden_size=[48,56]", "search.ffn_hidden_size=[128,144,172]", "search.tokens=512",
     "search.rungs=[2]", "search.finalists=2", "train.steps=4",
 ]  # fmt: skip
+ONE_NODE, TWO_NODES = "slurm.nodes=1 parallel.tp=2", "slurm.nodes=2 parallel.tp=2 parallel.pp=2"
 
 
-def chain(*stages: tuple[str, tuple[str, ...]]) -> list[str]:
-    """The setting that makes jobs of stages."""
-    return [f'slurm.stages.{stage}="{" ".join(settings)}"' for stage, settings in stages]
+def chain(**stages: str) -> list[str]:
+    """The settings that make jobs of stages."""
+    return [*JOB, *(f'slurm.stages.{stage}="{settings}"' for stage, settings in stages.items())]
 
 
-def test_a_chain_of_one_two_and_again_two_nodes(cluster, settings, tmp_path):
+def test_a_chain_of_one_one_and_two_nodes(cluster, settings, tmp_path):
     run = tmp_path / "run"
     sized = [value for value in settings if not value.startswith(("target.", "train.steps"))]
-    stages = chain(("calibrate", ONE_NODE), ("search", ONE_NODE), ("distill", TWO_NODES))
+    stages = chain(calibrate=ONE_NODE, search=ONE_NODE, distill=TWO_NODES)
     calibrate, search, distill = submit("compress", f"run.dir={run}", *sized, *SEARCH, *stages)
     assert f"afterok:{search.number}" in distill.facts()["Dependency"]
     assert [job.end() for job in (calibrate, search, distill)] == ["COMPLETED"] * 3, distill.log
@@ -40,9 +41,8 @@ def test_a_stage_that_fails_ends_the_chain_and_says_why(cluster, settings, tmp_p
     """The text is taken away between the look at it and the first job, for which the nodes are not to be had until then."""
     run, text = tmp_path / "run", write_tales(tmp_path / "text.jsonl")
     set_nodes(cluster, "drain")
-    calibrate, distill = submit(
-        "compress", f"run.dir={run}", *settings, f"data.train={text}", *chain(("calibrate", ONE_NODE), ("distill", TWO_NODES))
-    )
+    stages = chain(calibrate=ONE_NODE, distill=TWO_NODES)
+    calibrate, distill = submit("compress", f"run.dir={run}", *settings, f"data.train={text}", *stages)
     text.unlink()
     set_nodes(cluster, "resume")
     assert [job.end() for job in (calibrate, distill)] == ["FAILED", "CANCELLED"], calibrate.log

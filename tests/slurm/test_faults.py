@@ -1,5 +1,6 @@
 """What happens to jobs on a cluster, one after another to one job: it goes on by itself each time, and ends as one that nothing happened to."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tests.oracles.metrics import without_costs
 from tests.oracles.models import same_tensors, saved_tensors
-from tests.slurm.cluster.cluster import Cluster, sh
+from tests.slurm.cluster.cluster import Cluster, sh, wait_until
 from tests.slurm.jobs import STEPS, TWO_NODES, Job, leftovers, lines, nothing_runs, results, saved, submit, trained
 
 pytestmark = pytest.mark.slurm
@@ -34,7 +35,8 @@ def tell_the_script(scene: Scene) -> None:
 def reach_the_time_limit(scene: Scene) -> None:
     """SLURM itself sends the warning that --signal asks for; it looks twice a minute."""
     scene.pace.write_text(str(4 * STEP))
-    sh("scontrol", "update", f"jobid={scene.job.number}", "timelimit=1")
+    minutes = math.ceil(scene.job.seconds / 60 + 1)  # of the whole attempt; SLURM knows no shorter limits, and looks early enough for 30 s of warning
+    sh("scontrol", "update", f"jobid={scene.job.number}", f"timelimit={minutes}")
 
 
 def extend_the_time_limit(scene: Scene) -> None:
@@ -71,8 +73,7 @@ def switch_on(scene: Scene) -> None:
 
 def kill_a_rank(scene: Scene) -> None:
     """The last one, so that neither the node of the batch script nor rank 0 is concerned."""
-    (rank,) = [process for process in ranks(scene.cluster) if process.environ()["RANK"] == "3"]
-    rank.kill()
+    ranks(scene.cluster)["3"].kill()
 
 
 class Fault(NamedTuple):
@@ -94,10 +95,10 @@ FAULTS = {
 }
 
 
-def ranks(cluster: Cluster) -> list[psutil.Process]:
-    """The processes that train, on all nodes."""
-    processes = [process for node in cluster.power for process in cluster.processes(node)]
-    return [process for process in processes if process.cmdline()[1:3] == ["-m", "minitron"] or "RANK" in process.environ()]
+def ranks(cluster: Cluster) -> dict[str, psutil.Process]:
+    """The processes that train, by their rank: what torchrun started, without what they started themselves."""
+    ranked = {process: rank for node in cluster.power for process in cluster.processes(node) if (rank := process.environ().get("RANK"))}
+    return {rank: process for process, rank in ranked.items() if process.parent() not in ranked}
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -115,13 +116,13 @@ def test_a_job_survives_all_that_can_happen(cluster, settings, unbroken, tmp_pat
         begun = saved(run)
         # in the middle of a step: the first rank waits in it, the others for that one
         job.wait(lambda begun=begun: trained(run) > saved(run) > begun, f"a step after a checkpoint, before the {name}")
-        before, done, processes = saved(run), trained(run), ranks(cluster)
-        assert len(processes) == 4, processes
+        before, done, processes = saved(run), trained(run), [process for node in cluster.power for process in cluster.processes(node)]
+        assert {*ranks(cluster)} == {"0", "1", "2", "3"}
         fault.happen(scene)
         job.wait(lambda number=number: job.restarts > number, f"queued again after the {name}")
         fault.mend(scene)
         job.wait(lambda: job.state == "RUNNING", f"runs again after the {name}")
-        assert alive(processes) == [], f"left behind by the {name}"
+        wait_until(lambda processes=processes: not alive(processes), f"no process is left of before the {name}")
         job.wait(lambda number=number: len(RESUMED.findall(job.log)) > number, f"goes on after the {name}")
         resumed = int(RESUMED.findall(job.log)[-1])
         assert resumed >= (done if fault.told else before), f"the {name} lost steps: {done} were done, {before} in a checkpoint, {resumed} in the end"

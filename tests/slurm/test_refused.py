@@ -26,7 +26,7 @@ def read_only(tmp_path):
 UNFIT = {
     "partition": (["slurm.partition=gpu"], "slurm.partition=gpu: "),
     "nodes of the layout": (["slurm.nodes=1"], "parallel.tp=2: "),
-    "nodes of the cluster": (["slurm.nodes=3", "parallel.pp=3"], "slurm.nodes=3: "),
+    "nodes of the cluster": (["slurm.nodes=4"], "slurm.nodes=4: "),
     "GPUs of a node": (["slurm.gpus_per_node=4"], "slurm.gpus_per_node=4: "),
 }
 
