@@ -46,7 +46,7 @@ def submit(*arguments: str | Path, pace: Path | None = None) -> list["Job"]:
     """The jobs that `minitron submit ARGUMENTS` queues, in its order."""
     done = minitron("submit", *arguments, pace=pace)
     assert done.code == 0, done
-    found = [Job(int(number)) for number in re.findall(r"\bjob (\d+)", done.out)]
+    found = [Job(int(number)) for number in re.findall(r"(?m)^\s*job (\d+): ", done.out)]
     assert found, done.out
     return found
 
