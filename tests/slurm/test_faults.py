@@ -15,7 +15,7 @@ from tests.slurm.cluster.cluster import Cluster, sh, wait_until
 from tests.slurm.jobs import STEPS, TWO_NODES, Job, leftovers, lines, nothing_runs, results, saved, submit, trained
 
 pytestmark = pytest.mark.slurm
-STEP = 1.5  # seconds that a step lasts at least
+STEP = 1.0  # seconds that a step lasts at least
 RESUMED = re.compile(rf"([\d,]+) of {STEPS} steps were done before: goes on from there")
 
 
