@@ -37,7 +37,7 @@ test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no GPU tests"; }
 
 test-slurm: install  ## a real SLURM of two nodes in a namespace of its own; needs root, installs SLURM from Debian's packages
-	$(BIN)/python -m tests.slurm.cluster $(abspath $(BIN)/python) -m pytest -m slurm tests/slurm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 77 ] || exit $$code; }
+	$(BIN)/python -m tests.slurm.cluster $(abspath $(BIN)/python) -m pytest -m slurm -o timeout=3600 tests/slurm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 77 ] || exit $$code; }
 
 lint: install  ## formatting, lint, types; scripts and the Dockerfile too
 	$(BIN)/ruff format --check .

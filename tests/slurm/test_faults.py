@@ -106,7 +106,6 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.timeout(3600)  # six minutes on two cores of its own
 def test_a_job_survives_all_that_can_happen(cluster, settings, unbroken, tmp_path):
     run, pace = tmp_path / "run", tmp_path / "pace"
     pace.write_text(str(STEP))

@@ -17,7 +17,6 @@ FEW = (
 )  # fmt: skip
 
 
-@pytest.mark.timeout(1800)
 def test_the_demo_runs_on_two_nodes(cluster, tmp_path):
     run = tmp_path / "run"
     (job,) = submit("compress", "recipe=smollm2_135m_to_100m", f"run.dir={run}", *FEW, *TWO_NODES)
