@@ -1,6 +1,7 @@
 """One cluster for all tests, and the runs that several of them look at."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     except AssertionError as error:
         raise AssertionError(f"{error}\n{here.logs()}") from None
     return here
+
+
+@pytest.fixture(autouse=True)
+def cleared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test that failed left in the queue is not in the way of the next one."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()
 
 
 @pytest.fixture(scope="session")

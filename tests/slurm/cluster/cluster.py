@@ -119,6 +119,18 @@ class Cluster:
         done = subprocess.run(["sinfo", "--noheader", "--partition=main", "--format=%T %D"], capture_output=True, text=True, check=False)
         return done.stdout.strip() == f"idle {len(self.addresses)}"
 
+    def clear(self) -> None:
+        """No jobs, all nodes on and waiting: as it was in the beginning."""
+        if self.is_idle() and not sh("squeue", "--noheader"):
+            return
+        sh("scancel", f"--user={getpass.getuser()}")
+        for node in self.addresses:
+            if node not in self.power:
+                self.switch_on(node)
+            if self.state(node).startswith(("down", "drain")):
+                sh("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_until(self.is_idle, "all nodes wait for work again")
+
     def first_process(self, node: str) -> int:
         """Of a node that is on, the number that its process 1 has outside."""
         return psutil.Process(self.power[node].pid).children()[0].pid
