@@ -53,6 +53,11 @@ def refuse(setting: str, value: object, allowed: str) -> RequestError:
     return RequestError(f"{setting}={shown(value)}: {allowed}")
 
 
+def first_line(error: BaseException) -> str:
+    """What a library said, in one line: the first of its own, or else the kind of error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shown(value: object) -> str:
     """A value as one writes it on the command line and in YAML: null, true, [1, 2]."""
     if isinstance(value, dict):

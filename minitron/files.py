@@ -12,9 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minitron.errors import RequestError
+from minitron.errors import RequestError, first_line
 
 ALMOST_FULL = 1 << 20  # bytes that are free
+LARGEST_JSON = 1 << 28  # bytes; the largest file that is read as JSON, a tokenizer's apart, has a hundredth of that
 
 
 @contextlib.contextmanager
@@ -121,11 +122,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is refused in one line."""
+    """Read a JSON file; one that is missing, broken or out of all proportion is refused in one line."""
     try:
+        if (size := Path(path).stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes, and at most {LARGEST_JSON:,} are read")
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {path}: {error}") from error
+    except RecursionError as error:
+        raise RequestError(f"cannot read {path}: it is nested too deeply") from error
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Inside the block what a file holds is taken apart: one that lacks something is refused in one line, which names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RequestError(f"cannot read {path}: it is not as it was written ({type(error).__name__}: {first_line(error)})") from error
+
+
+def read_object(path: Path, of_objects: bool = False) -> dict[str, Any]:
+    """`read_json` of a file that holds a JSON object; with `of_objects`, one whose values are objects too. Anything else is refused in one line."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise RequestError(f"cannot read {path}: it is not a JSON object")
+    if of_objects and (odd := [name for name, value in found.items() if not isinstance(value, dict)]):
+        raise RequestError(f"cannot read {path}: {odd[0]} is not a JSON object")
+    return found
 
 
 def sha256(*paths: Path) -> str:

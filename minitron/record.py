@@ -16,8 +16,8 @@ from minitron.config.build import from_yaml, to_yaml
 from minitron.config.schema import Config
 from minitron.config.setting import flat
 from minitron.config.verbs import VERBS, groups_of, measures_again, reads
-from minitron.errors import refuse, say_once, shown
-from minitron.files import os_errors_are_requests, read_json, write_json, write_text
+from minitron.errors import RequestError, refuse, say_once, shown
+from minitron.files import os_errors_are_requests, read_object, write_json, write_text
 from minitron.launching.slurm import FOLDER as SLURM
 from minitron.search.candidates import PLAN
 
@@ -73,6 +73,15 @@ def made_with(entry: dict[str, Any], verb: str) -> dict[str, Any]:
     """The settings of a stage's entry in the record; of a setting that is newer than the entry, the default. Nothing where it has none."""
     recorded = {name: value for name, value in entry.get("settings", {}).items() if reads(verb, name)}  # earlier versions noted more
     return in_use({**all_settings(Config(), verb, free=True), **recorded}, verb) if recorded else {}
+
+
+def read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """What stages.json notes of every stage that was at work. Raises RequestError where it is not as it was written."""
+    record = read_object(folder / RECORD, of_objects=True)
+    for stage, entry in record.items():
+        if not isinstance(entry.get("done"), bool) or not all(isinstance(entry.get(part, {}), dict) for part in ("settings", "inputs")):
+            raise RequestError(f"cannot read {folder / RECORD}: what it says of {stage} is not as it was written")
+    return record
 
 
 def is_there(folder: Path, stage: str) -> bool:
@@ -182,7 +191,7 @@ def claim(folder: Path, cfg: Config, verb: str) -> None:
     """
     if not (folder / RECORD).exists():
         write_json(folder / RECORD, {})
-    mine, record = settings_of(cfg, verb, free=False), read_json(folder / RECORD)
+    mine, record = settings_of(cfg, verb, free=False), read_record(folder)
     check_bound(folder, record, cfg, verb)
     write_config(folder / "config.yaml", cfg, verb)
     if VERBS[verb].trains and verb != "search" and (step := trained(folder)):

@@ -33,10 +33,10 @@ from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
-from minitron.files import read_json, sha256, write_json, write_text
+from minitron.files import read_object, sha256, write_json, write_text
 from minitron.launching.preflight import preflight
 from minitron.pruning.target import target_arch
-from minitron.record import ADJUSTABLE, ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, settings_of, trained
+from minitron.record import ADJUSTABLE, ARTIFACTS, RECORD, claim, is_there, locked, made_with, own, read_record, settings_of, trained
 from minitron.reporting.console import counter, say
 from minitron.search.ladder import trial
 from minitron.weights.load import load
@@ -115,7 +115,7 @@ class Session:
         """The run's conversion, made anew where it is of another file, or of another type and this verb reads weights."""
         note, stat = folder.with_name(f"{folder.name}.json"), gguf.stat()
         mine = {"file": str(gguf.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": self.cfg.dtype}
-        there = read_json(note) if note.exists() and folder.is_dir() else {}
+        there = read_object(note) if note.exists() and folder.is_dir() else {}
         if any(there.get(key) != value for key, value in mine.items() if key != "dtype" or "dtype" in VERBS[self.verb].groups):
             convert_gguf(gguf, folder, self.cfg.dtype)
             write_json(note, mine)
@@ -231,13 +231,13 @@ class Session:
 
     def is_whole(self) -> bool:
         """Whether the folder is that of a model trained whole (`train`), not of a compression."""
-        return "train" in read_json(self.folder / RECORD)
+        return "train" in read_record(self.folder)
 
     def is_done(self, verb: str) -> bool:
         """Whether this run finished a stage with the settings and inputs it has now, and what it made is still there. The same on every rank."""
 
         def look() -> bool:
-            entry = read_json(self.folder / RECORD).get(verb, {})
+            entry = read_record(self.folder).get(verb, {})
             theirs, mine = made_with(entry, verb), settings_of(self.cfg, verb, free=True)
             if verb == "search" and trained(self.folder):  # what a training may change on its way, it does not search again for
                 theirs, mine = ({name: value for name, value in one.items() if name not in ADJUSTABLE} for one in (theirs, mine))
@@ -269,7 +269,7 @@ class Session:
             say_once(line)
 
         def note() -> None:
-            record = read_json(self.folder / RECORD)
+            record = read_record(self.folder)
             later = [*ARTIFACTS][[*ARTIFACTS].index(verb) + 1 :] if verb != "evaluate" else []
             for name in later:
                 if name in record and not done:
@@ -346,7 +346,7 @@ def student_archs(opened: Session) -> list[Arch]:
     if "target" in VERBS[opened.verb].groups:
         return [target_arch(arch, cfg.target, cfg.parallel)]
     file = opened.pruned / "arch.json"
-    sizes = engine.on_main(opened.world, lambda: read_json(file) if file.exists() else None)
+    sizes = engine.on_main(opened.world, lambda: read_object(file) if file.exists() else None)
     return [Arch.from_dict(sizes)] if sizes else []
 
 

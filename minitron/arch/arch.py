@@ -160,6 +160,8 @@ class Arch:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Arch":
         """Inverse of `to_dict`; unknown or missing keys are refused."""
+        if not isinstance(values, dict):
+            raise RequestError("arch: sizes by name are needed")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise RequestError(f"arch: unknown sizes {', '.join(unknown)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Parameter
+from minitron.arch.limits import check_values
 from minitron.errors import RequestError
 
 Config = dict[str, Any]
@@ -332,6 +333,7 @@ def from_hf(config: Config, where: str) -> Arch:
         raise RequestError(f"{where}: model_type {model_type!r} is not supported; supported: {known}{_missing(config)}")
     family = FAMILIES[model_type]
     config = {**family.defaults, **config}
+    check_values(config, family.sizes, where)
     for key, allowed in family.requires.items():
         if config.get(key) not in allowed:
             raise RequestError(f"{where}: {key}={config.get(key)!r} is not supported; allowed: {', '.join(map(repr, allowed))}")

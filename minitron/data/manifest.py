@@ -44,7 +44,7 @@ class Manifest:
         try:
             parts = {name: Part(**part) for name, part in content["parts"].items()}
             splits = {split: [(row["part"], float(row["weight"])) for row in rows] for split, rows in content["splits"].items()}
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RequestError(f"{folder / MANIFEST} is not a manifest of prepared data; remove it to prepare the data again") from error
         return cls(folder, parts, splits)
 

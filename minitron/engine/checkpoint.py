@@ -28,7 +28,7 @@ from minitron.engine.parallel import World, on_main
 from minitron.engine.sharded import Saving, fault_of, load_sharded, save_sharded
 from minitron.engine.verified import whole
 from minitron.errors import RequestError, Stopped, refuse, say_once
-from minitron.files import os_errors_are_requests, read_json, remove, retire, write_text
+from minitron.files import as_written, os_errors_are_requests, read_json, read_object, remove, retire, write_text
 
 if TYPE_CHECKING:
     from minitron.engine.trainer import Trainer
@@ -78,7 +78,7 @@ def notes(model: Model) -> dict[str, str]:
 
 def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> Model:
     """Read a model that `save_model` or a training run wrote, at this layout."""
-    model = empty_model(Arch.from_dict(read_json(folder / "arch.json")), world, dtype, spec, recompute)
+    model = empty_model(Arch.from_dict(read_object(folder / "arch.json")), world, dtype, spec, recompute)
     model.unit_order = read_order(folder)
     loaded = load_sharded({"model": model_state(model, world)}, folder)
     fill(model, loaded["model"])
@@ -87,7 +87,8 @@ def load_model(folder: Path, world: World, dtype: torch.dtype, spec: str = "torc
 
 def read_order(folder: Path) -> dict[str, Indices]:
     """How the units of a saved model lie (see Model.unit_order)."""
-    return {name: np.array(order, dtype=np.int64) for name, order in read_json(folder / "unit_order.json").items()}
+    with as_written(folder / "unit_order.json"):
+        return {name: np.array(order, dtype=np.int64) for name, order in read_object(folder / "unit_order.json").items()}
 
 
 def fill(model: Model, tensors: dict[str, Any]) -> None:

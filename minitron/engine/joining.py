@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from minitron.engine.meeting import Roll, host_name, located
 from minitron.engine.peers import Lookout, tells_of_loss, tells_of_silence
-from minitron.errors import EXIT_REQUEST, RequestError, say_once
+from minitron.errors import EXIT_REQUEST, RequestError, first_line, say_once
 
 # the groups that a run talks in: Megatron's name, ours
 KINDS = {
@@ -92,11 +92,6 @@ def in_time(minutes: float, lookout: Lookout) -> Iterator[Trial]:
         timer.cancel()
     begun.acquire()  # for good where the time is over: the other thread speaks
     roll.settle("groups", trial.standing(stuck=False), judge)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own words, without what a library appends."""
-    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def give_up(roll: Roll, trial: Trial, lookout: Lookout) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron.files import read_json, write_json
+from minitron.files import as_written, read_object, write_json
 from minitron.reporting.console import fitting
 from minitron.reporting.wording import decimal, percent, ratio, size
 
@@ -34,17 +34,18 @@ class Member:
 
 def member(name: str, run: Path, cut_from: str, taught_by: str) -> Member | None:
     """The model that a run made; None where it is not done with it."""
-    record = read_json(run / "stages.json") if (run / "stages.json").exists() else {}
+    record = read_object(run / "stages.json", of_objects=True) if (run / "stages.json").exists() else {}
     if not all(record.get(stage, {}).get("done") for stage in ("evaluate", "export")):
         return None
-    evals = read_json(run / "eval.json")
-    student, pruned = evals["student"], evals["pruned"]
-    return Member(name, str(run / "hf"), student["params"], pruned["loss"], student["loss"], student["perplexity"], cut_from, taught_by)
+    evals = read_object(run / "eval.json")
+    with as_written(run / "eval.json"):
+        student, pruned = evals["student"], evals["pruned"]
+        return Member(name, str(run / "hf"), student["params"], pruned["loss"], student["loss"], student["perplexity"], cut_from, taught_by)
 
 
 def original(path: str, run: Path, taught_itself: bool) -> Member:
     """The model that the first run cut; its losses are known where it was that run's teacher."""
-    evals: Mapping[str, Any] = read_json(run / "eval.json") if taught_itself else {}
+    evals: Mapping[str, Any] = read_object(run / "eval.json") if taught_itself else {}
     teacher = evals.get("teacher", {})
     params = teacher.get("params")
     return Member("original", path, params, None, teacher.get("loss"), teacher.get("perplexity"))
@@ -57,7 +58,10 @@ def write_family(folder: Path, members: Sequence[Member]) -> None:
 
 def read_family(folder: Path) -> list[Member]:
     """Inverse of `write_family`; nothing where the folder is no chain's."""
-    return [Member(**one) for one in read_json(folder / FILE)["models"]] if (folder / FILE).is_file() else []
+    if not (folder / FILE).is_file():
+        return []
+    with as_written(folder / FILE):
+        return [Member(**one) for one in read_object(folder / FILE)["models"]]
 
 
 def show_family(folder: Path, console: Console | None = None) -> None:

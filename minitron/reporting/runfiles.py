@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from minitron.arch import Arch
 from minitron.errors import RequestError, refuse
-from minitron.files import read_json
+from minitron.files import read_object
 from minitron.search.candidates import FILE as CANDIDATES
 from minitron.search.candidates import Results
 
@@ -54,7 +54,7 @@ def read_run(run_dir: Path) -> RunFiles:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise refuse("run.dir", run_dir, "an existing folder is needed")
-    arch = read_json(run_dir / "arch.json") if (run_dir / "arch.json").exists() else {}
+    arch = read_object(run_dir / "arch.json") if (run_dir / "arch.json").exists() else {}
     importance, calibration = read_arrays(run_dir / "importance.safetensors")
     return RunFiles(
         path=run_dir,
@@ -64,11 +64,11 @@ def read_run(run_dir: Path) -> RunFiles:
         calibration=calibration,
         keep=read_arrays(run_dir / "keep.safetensors")[0],
         metrics=read_metrics(run_dir / METRICS),
-        evals=read_json(run_dir / "eval.json") if (run_dir / "eval.json").exists() else None,
+        evals=read_object(run_dir / "eval.json") if (run_dir / "eval.json").exists() else None,
         config=read_config(run_dir / "config.yaml"),
         search=Results.load(run_dir) if (run_dir / CANDIDATES).exists() else None,
         exported=(run_dir / "hf" / "config.json").exists(),
-        whole=(run_dir / RECORD).exists() and "train" in read_json(run_dir / RECORD),
+        whole=(run_dir / RECORD).exists() and "train" in read_object(run_dir / RECORD),
     )
 
 

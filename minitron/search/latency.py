@@ -18,7 +18,7 @@ from minitron.arch.arch import Arch
 from minitron.config.schema import Config
 from minitron.config.setting import MISSING
 from minitron.errors import refuse
-from minitron.files import read_json, write_json
+from minitron.files import as_written, read_json, write_json
 from minitron.search.budget import Measure
 from minitron.search.candidates import SIZES, name_of
 
@@ -67,7 +67,10 @@ def machine_of(world: engine.World, spec: str) -> dict[str, Any]:
 def read_tables(folder: Path) -> list[Table]:
     """The tables that earlier measurements left in a run's folder."""
     file = folder / FILE
-    return [Table(**table) for table in read_json(file)] if file.exists() else []
+    if not file.exists():
+        return []
+    with as_written(file):
+        return [Table(**table) for table in read_json(file)]
 
 
 def write_table(folder: Path, table: Table) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from minitron import engine
 from minitron.checks import searches
 from minitron.config.schema import Config
-from minitron.files import read_json
+from minitron.files import read_object
 from minitron.reporting.console import final_table, say, stage_banner
 from minitron.reporting.report import write_report
 from minitron.session import Session, session
@@ -53,7 +53,7 @@ def finish(opened: Session, number: int) -> None:
     page = write_report(opened.folder)
     model = opened.folder / "hf"
     final_table(
-        read_json(opened.folder / evaluate.FILE),
+        read_object(opened.folder / evaluate.FILE),
         {
             "results": str(opened.folder / evaluate.FILE),
             "report": str(page),

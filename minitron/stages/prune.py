@@ -10,7 +10,7 @@ from minitron.calibration import importance
 from minitron.config.schema import Config, Target
 from minitron.config.verbs import groups_of
 from minitron.errors import refuse
-from minitron.files import read_json, write_json
+from minitron.files import write_json
 from minitron.importance.scores import FILE as SCORES
 from minitron.importance.scores import Scores
 from minitron.pruning.keep import FILE as KEEP
@@ -18,7 +18,7 @@ from minitron.pruning.keep import Keep, by_answers, select, skipped_at_a_time
 from minitron.pruning.reslice import reslice
 from minitron.pruning.rounds import both, way
 from minitron.pruning.target import target_arch
-from minitron.record import RECORD
+from minitron.record import read_record
 from minitron.reporting.console import say
 from minitron.reporting.wording import changes, percent, size
 from minitron.search.candidates import wanted
@@ -58,7 +58,7 @@ def work(opened: Session) -> None:
 def sizes(opened: Session) -> Target:
     """What the model is cut to. Raises RequestError where a search chose it by what is not there any more."""
     found = wanted(opened.cfg)
-    if not opened.cfg.target.sizes and not read_json(opened.folder / RECORD).get("search", {}).get("done"):
+    if not opened.cfg.target.sizes and not read_record(opened.folder).get("search", {}).get("done"):
         again = "what minitron search chose is of before something that it reads was made anew: search again, or give sizes under target"
         raise refuse("target.num_layers", None, again)
     return found

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from minitron.config.schema import Config
 from minitron.errors import refuse
-from minitron.files import read_json
-from minitron.record import RECORD, at_work
+from minitron.record import RECORD, at_work, read_record
 from minitron.reporting.family import read_family, show_family
 from minitron.reporting.summary import show_summary, stage_states
 from minitron.reporting.sweep import read_sweep, show_sweep
@@ -22,4 +21,4 @@ def run(cfg: Config) -> None:
         return
     if not (folder / RECORD).is_file():
         raise refuse("run.dir", folder, "the folder of a run is needed")
-    show_summary(folder, stage_states(folder, read_json(folder / RECORD)), at_work(folder))
+    show_summary(folder, stage_states(folder, read_record(folder)), at_work(folder))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,23 +20,33 @@ from minitron.arch.shards import padded
 from minitron.arch.units import from_units, to_units, unfuse
 from minitron.errors import RequestError
 from minitron.files import atomic_path
+from minitron.weights.lineage import NOTICES
 from minitron.weights.source import INDEX, SINGLE
 
 SHARD_BYTES = 4 << 30
 COMPANIONS = ("tokenizer*", "*.model", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "generation_config.json",
-              "chat_template*", "LICENSE*")  # fmt: skip
+              "chat_template*", *NOTICES)  # fmt: skip
 
 
-def export(model: engine.Model, world: engine.World, source_config: dict[str, Any], companions: Path, target: Path, dtype: torch.dtype) -> None:
+def export(
+    model: engine.Model,
+    world: engine.World,
+    source_config: dict[str, Any],
+    companions: Path,
+    target: Path,
+    dtype: torch.dtype,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write the model as a folder that `from_pretrained` loads as it is: config.json, safetensors, and the tokenizer's files.
 
     Called by every rank; rank 0 writes. `source_config` is the original's config.json, `companions` the folder whose
-    tokenizer files go along. The units of every axis are written in ascending order of the original.
+    tokenizer files and licence go along, `texts` the content of further files by name. The units of every axis are written in ascending order
+    of the original.
     """
     tensors, failure = gathered(model, world), None
     try:
         if world.is_main:
-            write_folder(model, tensors, source_config, companions, target, dtype)
+            write_folder(model, tensors, source_config, companions, target, dtype, texts)
     except RequestError as error:
         failure = str(error)
     for _ in tensors:  # what is left to gather, on the other ranks all of it
@@ -50,6 +61,7 @@ def write_folder(
     companions: Path,
     target: Path,
     dtype: torch.dtype,
+    texts: Mapping[str, str],
 ) -> None:
     """Rank 0's part of `export`."""
     with atomic_path(target) as folder:
@@ -58,10 +70,14 @@ def write_folder(
         config = to_hf(model.arch, source_config)
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
+        config.pop("auto_map", None)  # names code of the original's, which does not go along
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for pattern in COMPANIONS:
             for file in companions.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+                if file.is_file() and file.suffix != ".py":
+                    shutil.copyfile(file, folder / file.name)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def gathered(model: engine.Model, world: engine.World) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,19 @@ from safetensors import SafetensorError, safe_open
 from minitron.arch.arch import Arch
 from minitron.arch.axes import dim_size, num_units, parameters, part_sizes
 from minitron.arch.families import from_hf, hf_names
-from minitron.errors import RequestError, refuse
-from minitron.files import atomic_path, read_json, sha256
+from minitron.errors import RequestError, first_line, refuse
+from minitron.files import atomic_path, read_object, sha256
 from minitron.packages import resolve_package
+from minitron.weights.lineage import NOTICES
 
 OF_GGUF = ("quantization_config", "dtype", "torch_dtype")  # what a config that is read from GGUF says of the file and not of the model
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, SUFFIX = "model.safetensors.index.json", "model.safetensors", ".safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")  # of weights, in safetensors' words
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+REFUSED_PICKLE = (
+    "is a pickle, which can run code when it is read: where you trust it, convert it with "
+    "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors, and AutoTokenizer's likewise"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,8 @@ def locate(path: str, setting: str) -> str:
             raise refuse(setting, path, "the folder holds no config.json")
         return str(local)
     if local.is_file():
+        if local.suffix in PICKLES:
+            raise refuse(setting, path, f"it {REFUSED_PICKLE}")
         if local.suffix != ".gguf":
             raise refuse(setting, path, "a file must be a .gguf; otherwise give a Hugging Face folder or a hub id")
         return str(local)
@@ -71,7 +79,7 @@ def locate(path: str, setting: str) -> str:
 
 def fetch(path: str, setting: str) -> Path:
     """The local folder of a hub id (downloaded once into the hub's own cache)."""
-    return _from_hub(path, setting, ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"])
+    return _from_hub(path, setting, ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md", *NOTICES])
 
 
 def _from_hub(path: str, setting: str, patterns: list[str]) -> Path:
@@ -81,8 +89,7 @@ def _from_hub(path: str, setting: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise refuse(setting, path, f"not a local folder, and the hub did not give it: {reason}") from error
+        raise refuse(setting, path, f"not a local folder, and the hub did not give it: {first_line(error)}") from error
 
 
 def config_without_weights(path: str, setting: str) -> dict[str, Any]:
@@ -91,17 +98,14 @@ def config_without_weights(path: str, setting: str) -> dict[str, Any]:
     if found.endswith(".gguf"):
         return _gguf_config(Path(found))
     folder = Path(found) if Path(found).is_dir() else _from_hub(found, setting, ["config.json"])
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise refuse(setting, path, "config.json is not a JSON object")
-    return config
+    return read_object(folder / "config.json")
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     with _gguf_errors(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).to_dict()
     return {key: value for key, value in config.items() if key not in OF_GGUF}
 
 
@@ -109,8 +113,8 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 def _gguf_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RequestError(f"cannot read {path} as GGUF: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a reader of foreign files fails in as many ways as there are files
+        raise RequestError(f"cannot read {path} as GGUF: {first_line(error)}") from error
 
 
 def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
@@ -124,8 +128,8 @@ def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
     with _gguf_errors(path):
         # it shows one bar all the same, which goes to whatever stderr is at the time
         with contextlib.redirect_stderr(io.StringIO()):
-            source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     # a fresh config of the plain class: the one read from GGUF carries quantisation settings that nobody must save
     settings = {key: value for key, value in source.config.to_dict().items() if key not in OF_GGUF}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
@@ -138,9 +142,7 @@ def convert_gguf(path: Path, folder: Path, dtype: str) -> None:
 
 def open_folder(folder: Path, setting: str) -> Source:
     """Check a Hugging Face folder: the family, the weight files (complete, none a pickle), every tensor's presence and shape."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise RequestError(f"{setting}={folder}: config.json is not a JSON object")
+    config = read_object(folder / "config.json")
     arch = from_hf(config, f"{setting}={folder}: config.json")
     files = _weight_files(folder, setting)
     shapes = _shapes(files, setting)
@@ -166,41 +168,40 @@ def stored_name(name: str, stored: Container[str]) -> str:
 
 
 def _weight_files(folder: Path, setting: str) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the one file. Names in an index can't leave the folder."""
+    """Tensor name -> file, from the index or the one file. Names in an index can't leave the folder; no pickle is opened."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_object(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise RequestError(f"{setting}={folder}: {INDEX} has no weight_map")
-        for name in set(weight_map.values()):
-            if Path(name).name != name:
-                raise RequestError(f"{setting}={folder}: {INDEX} names the file {name!r} outside the folder")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX):
+                raise RequestError(f"{setting}={folder}: {INDEX} names the file {name!r}; a {SUFFIX} file in the folder is needed, by its name alone")
         return {tensor: folder / name for tensor, name in weight_map.items()}
     if (folder / SINGLE).is_file():
         with _opened(folder / SINGLE, setting) as handle:
             return {name: folder / SINGLE for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    if next(folder.glob("*.bin"), None):
-        raise RequestError(f"{setting}={folder}: only pickled weights (.bin), which can run code when read; save them as safetensors first")
-    raise RequestError(f"{setting}={folder}: no {SINGLE} and no {INDEX}")
+    if pickled := next((file for file in sorted(folder.iterdir()) if file.suffix in PICKLES), None):
+        raise RequestError(f"{setting}={folder}: {pickled.name} {REFUSED_PICKLE}")
+    raise RequestError(f"{setting}={folder}: no {SINGLE} and no {INDEX} (of a hub id, pickled weights are not fetched)")
 
 
 def _shapes(files: dict[str, Path], setting: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, as the headers say; a tensor that is not of floating point is refused, as weights of integers are quantised."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values())):
         with _opened(file, setting) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 if files.get(name) == file:
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    part = handle.get_slice(name)
+                    shapes[name] = tuple(part.get_shape())
+                    if part.get_dtype() not in DTYPES:
+                        raise RequestError(f"{setting}: {file}: tensor {name} is of type {part.get_dtype()}; allowed: {', '.join(DTYPES)}")
     return shapes
 
 
 def _opened(file: Path, setting: str) -> Any:
-    """safetensors checks header against file size when it opens a file, so a truncated one is seen here."""
+    """safetensors checks header against file size when it opens a file, so a truncated one, or one whose header lies, is seen here."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{setting}: {file} is missing, truncated or not safetensors: {error}") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json."""
-    return dict(json.loads((folder / "config.json").read_text()))

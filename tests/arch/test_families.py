@@ -62,10 +62,10 @@ FEWEST = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 40, "n
         ({"intermediate_size": -3}, "intermediate_size=-3: a positive whole number is needed"),
         ({"num_attention_heads": None}, "num_attention_heads=None: a positive whole number is needed"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_query_groups=3"),
-        ({"num_key_value_heads": 0}, "num_query_groups=0: a positive whole number is needed"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0: a positive whole number is needed"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported; supported: default, linear"),
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_type 'spiral' is not supported"),
-        ({"head_dim": "8"}, "kv_channels='8': a positive whole number is needed"),
+        ({"head_dim": "8"}, "head_dim='8': a positive whole number is needed"),
         ({"model_type": "nemotron", "hidden_act": "silu"}, "hidden_act='silu' is not supported; allowed: 'relu2'"),
         ({"model_type": "nemotron", "partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is not supported; allowed: above 0, at most 1"),
         ({"model_type": "nemotron", "partial_rotary_factor": None}, "partial_rotary_factor=None is not supported"),
@@ -139,7 +139,9 @@ IMPLIED = {
 
 @pytest.mark.parametrize("kind", ROPE_TYPES)
 def test_every_rotary_kind_passes_through_unchanged(kind):
-    rope = {"rope_type": kind, "rope_theta": 3.0, "factor": 2.0}
+    lists = {"short_factor": [1.0], "long_factor": [1.0]}
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    rope = {"rope_type": kind, "rope_theta": 3.0, "factor": 2.0, **lists, **llama3}
     config = {**PLAIN, "rope_parameters": rope}
     arch = from_hf(config, "x")
     assert arch.rope_parameters == rope

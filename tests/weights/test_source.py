@@ -78,14 +78,14 @@ def config_is_a_list(folder):
         (truncated, "model.safetensors is missing, truncated or not safetensors"),
         (not_safetensors, "model.safetensors is missing, truncated or not safetensors"),
         (without_weights, "no model.safetensors and no model.safetensors.index.json"),
-        (only_pickles, "only pickled weights"),
+        (only_pickles, "pytorch_model.bin is a pickle"),
         (without_a_tensor, "tensor model.layers.2.mlp.up_proj.weight is missing"),
         (with_a_transposed_tensor, r"tensor model.layers.1.mlp.down_proj.weight has shape \(36, 48\), config.json says \(48, 36\)"),
-        (index_leads_elsewhere, "names the file '../other/model.safetensors' outside the folder"),
+        (index_leads_elsewhere, "names the file '../other/model.safetensors'; a .safetensors file in the folder is needed"),
         (index_without_map, "has no weight_map"),
         (index_names_an_absent_file, "model-00001-of-00001.safetensors is missing"),
         (broken_config, "cannot read .*config.json"),
-        (config_is_a_list, "config.json is not a JSON object"),
+        (config_is_a_list, "config.json: it is not a JSON object"),
         (lambda folder: change_config(folder, model_type="mamba"), "model_type 'mamba' is not supported; supported: gemma, .*, qwen3; docs"),
         (lambda folder: change_config(folder, num_hidden_layers=5), "tensor model.layers.4.input_layernorm.weight is missing"),
         (lambda folder: change_config(folder, vocab_size=60), r"tensor model.embed_tokens.weight has shape \(61, 48\), config.json says \(60, 48\)"),
@@ -138,9 +138,9 @@ def test_paths_that_lead_nowhere(path, said):
 def test_a_folder_and_files_of_another_kind(tmp_path):
     with pytest.raises(RequestError, match=r"the folder holds no config.json"):
         locate(str(tmp_path), "model.path")
-    (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "model.h5").write_bytes(b"")
     with pytest.raises(RequestError, match=r"a file must be a .gguf"):
-        locate(str(tmp_path / "model.pt"), "model.path")
+        locate(str(tmp_path / "model.h5"), "model.path")
 
 
 def test_a_conversion_announces_itself_and_shows_no_bar_of_others(tmp_path, monkeypatch, capsys):
@@ -191,5 +191,5 @@ def test_of_a_hub_id_only_the_config_is_fetched(tmp_path, monkeypatch):
     assert config_without_weights("someone/model", "model.path") == {"model_type": "llama"}
     assert asked == [("someone/model", ["config.json"])]
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(RequestError, match=r"model.path=someone/model: config.json is not a JSON object"):
+    with pytest.raises(RequestError, match=r"cannot read .*config.json: it is not a JSON object"):
         config_without_weights("someone/model", "model.path")

@@ -1,0 +1,179 @@
+"""The model card of an export: README.md with the hub's front matter, and minitron_config.json, by which the run can be made again. Pure."""
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from minitron.reporting.report import loss_told, model_name
+from minitron.reporting.results import Evals, rows
+from minitron.reporting.runfiles import RunFiles
+from minitron.reporting.wording import ABSENT, changes, counted, decimal, percent, ratio, size
+
+CARD, SETTINGS = "README.md", "minitron_config.json"
+PAPERS = "[Minitron](https://arxiv.org/abs/2407.14679)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a card tells that the run's own files do not. `step`: of the checkpoint (None: nothing was trained); `parameters`: of the exported model;
+    `front`: the front matter that is taken over from the original; `notices`: names of the files with its terms, which go along; `texts`: the
+    text that was read, in words; `evals`: an evaluation of this very model, or None; `overrides`: the settings as on the command line."""
+
+    step: int | None
+    parameters: int
+    front: Mapping[str, Any]
+    notices: Sequence[str]
+    texts: Sequence[str]
+    evals: Evals | None
+    overrides: Sequence[str]
+    version: str
+    fingerprints: Mapping[str, str]
+
+
+def model_card(run: RunFiles, made: Made) -> str:
+    """README.md."""
+    method = "trained" if run.whole else "pruned" if made.step is None else "pruned and distilled"
+    title = f"# {model_name(run)}, {method}: {size(made.parameters)} parameters"
+    parts = [title, lead(run, made), *use(), *lineage(run, made), *evaluation(made), *terms(made), *again(run, made)]
+    return f"---\n{front_matter(run, made)}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def front_matter(run: RunFiles, made: Made) -> str:
+    """The YAML that the hub reads."""
+    methods = [] if run.whole else ["pruning", *(["distillation"] if made.step is not None else [])]
+    known = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minitron", *methods]}
+    return yaml.safe_dump({**made.front, **known}, sort_keys=False, allow_unicode=True)
+
+
+def lead(run: RunFiles, made: Made) -> str:
+    """What it is, in a sentence or two."""
+    original = code(run.setting("model.path") or run.path.name)
+    if run.whole:
+        return f"{original}, trained on for {counted(made.step or 0, 'step')}."
+    before = f" of {size(run.original.num_parameters())} parameters" if run.original else ""
+    kept = percent(ratio(made.parameters, run.original.num_parameters()), 0) if run.original else ABSENT
+    retrained = (
+        "It was not retrained: its losses are those of a cut model."
+        if made.step is None
+        else f"It was retrained on the predictions of its teacher for {counted(made.step, 'step')}."
+        if run.setting("distill.loss") != "none"
+        else f"It was retrained without a teacher for {counted(made.step, 'step')}."
+    )
+    return f"{original}{before}, cut to {kept} of them by structured pruning as in {PAPERS}. {retrained}"
+
+
+def use() -> list[str]:
+    """How to load it."""
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+    )
+    return ["## Use", fenced("python", "\n".join(lines))]
+
+
+def lineage(run: RunFiles, made: Made) -> list[str]:
+    """Where it comes from, a row each."""
+    found = {"Original": code(run.setting("model.path") or ABSENT), **cut(run), **training(run, made), "Text": "<br>".join(map(cell, made.texts))}
+    return ["## Lineage", table(("", ""), [(name, value) for name, value in found.items() if value])]
+
+
+def cut(run: RunFiles) -> dict[str, str]:
+    """What was cut, and by what."""
+    if run.original is None or run.pruned is None:
+        return {}
+    setting = run.setting
+    read = f" over {setting('calibrate.samples'):,} samples of {setting('calibrate.seq_length'):,} tokens" if setting("calibrate.samples") else ""
+    chosen = f"a search chose them of {counted(len(run.search.candidates), 'candidate')}" if run.search and run.search.chosen else ""
+    return {
+        "Sizes": "; ".join([", ".join(changes(run.original, run.pruned)) or "as the original's", *([chosen] if chosen else [])]),
+        "Importance": f"{setting('calibrate.criterion') or ABSENT}{read}",
+    }
+
+
+def training(run: RunFiles, made: Made) -> dict[str, str]:
+    """How it was retrained, and what came of that."""
+    setting, seen = run.setting, [line for line in run.metrics if line["step"] <= (made.step or 0)]
+    if made.step is None or not seen:
+        return {}
+    last = {name: value for line in seen for name, value in line.items() if value is not None}
+    batch = f"{setting('train.global_batch_size'):,} sequences of {setting('train.seq_length'):,} tokens" if setting("train.seq_length") else ABSENT
+    distilled = not run.whole and setting("distill.loss") != "none"
+    return {
+        "Teacher": code(setting("teacher.path") or setting("model.path") or ABSENT) if distilled else "",
+        "Loss": ". ".join(dict.fromkeys(part.rstrip(".") for part in loss_told(run) if part)),
+        "Training": f"{counted(made.step, 'step')} of {batch}, {size(last.get('tokens'))} tokens; learning rate {setting('train.lr')}, "
+        f"{setting('train.schedule')}; {setting('dtype')}",
+        "Losses": f"{decimal(last.get('loss'), 3)} in the last step; held out {decimal(last.get('valid_loss'), 3)}",
+    }
+
+
+def evaluation(made: Made) -> list[str]:
+    """Every model on every text."""
+    if not made.evals:
+        return ["## Evaluation", "This model was not evaluated before it was exported."]
+    lines = []
+    for row in rows(made.evals):
+        gap = "" if row.gap_closed is None else percent(row.gap_closed)
+        lines.append((cell(row.text), row.model, size(row.parameters), decimal(row.loss, 3), decimal(row.perplexity), gap))
+    headings = ("text", "model", "parameters", "loss", "perplexity", "gap closed")
+    closed = "Losses in nats per token. Gap closed: how much of the loss that pruning added was taken back."
+    return ["## Evaluation", table(headings, lines), closed]
+
+
+def terms(made: Made) -> list[str]:
+    """The licence, as the original has it."""
+    licence = made.front.get("license_name", made.front.get("license"))
+    named = f"That of the original: {cell(str(licence))}." if licence else "The original's folder names none: ask where it comes from."
+    return ["## Licence", named + (f" Its terms: {', '.join(map(code, made.notices))}." if made.notices else "")]
+
+
+def again(run: RunFiles, made: Made) -> list[str]:
+    """The command that makes it again."""
+    step = "" if made.step is None else f" The exported checkpoint is that of step {made.step:,}."
+    text = f"minitron {made.version}; `{SETTINGS}` holds every setting, and fingerprints of what they name.{step}"
+    return ["## Again", text, fenced("sh", " \\\n    ".join(map(shlex.quote, command(run, made))))]
+
+
+def command(run: RunFiles, made: Made) -> list[str]:
+    """The words of the command line."""
+    return ["minitron", "train" if run.whole else "compress", "run.dir=runs/again", *made.overrides]
+
+
+def settings_file(run: RunFiles, made: Made) -> str:
+    """minitron_config.json."""
+    told = {
+        "minitron": made.version,
+        "command": command(run, made),
+        "checkpoint": made.step,
+        "inputs": dict(made.fingerprints),
+        "settings": yaml.safe_load(run.config or "{}"),
+    }
+    return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+def fenced(language: str, text: str) -> str:
+    """A block of code, whatever is in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def cell(text: str) -> str:
+    """Text that stays within its cell and is read as it is."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """A name as it is spelled."""
+    return f"`{cell(text).replace('`', '')}`"
