@@ -226,10 +226,18 @@ def check_kind(folder: Path, record: dict[str, Any], verb: str) -> None:
 def write_config(file: Path, cfg: Config, verb: str) -> None:
     """config.yaml: the settings that this verb reads as they are now, the others as an earlier verb of the run left them."""
     if file.exists():
-        earlier = from_yaml(file.read_text(encoding="utf-8"))
+        earlier = read_settings(file)
         groups = groups_of(verb, cfg)
         cfg = dataclasses.replace(earlier, **{group: newer(getattr(earlier, group), getattr(cfg, group), group, verb) for group in groups})
     write_text(file, to_yaml(cfg))
+
+
+def read_settings(file: Path) -> Config:
+    """The settings of a config.yaml. Raises RequestError, which names the file, where they are none."""
+    try:
+        return from_yaml(file.read_text(encoding="utf-8"))
+    except (RequestError, OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file}: {error}") from error
 
 
 def newer(earlier: Any, now: Any, group: str, verb: str) -> Any:

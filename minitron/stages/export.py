@@ -2,11 +2,10 @@
 
 import minitron
 from minitron import engine
-from minitron.config.build import from_yaml
 from minitron.config.overrides import overrides
 from minitron.config.schema import Config
 from minitron.data.manifest import Manifest
-from minitron.record import read_record
+from minitron.record import read_record, read_settings
 from minitron.reporting.card import CARD, SETTINGS, Made, model_card, settings_file
 from minitron.reporting.console import say
 from minitron.reporting.runfiles import read_run
@@ -50,7 +49,7 @@ def card(opened: Session, step: int | None, parameters: int) -> dict[str, str]:
         notices=[file.name for file in notices(source)],
         texts=[prepared(name, part) for name, part in parts.items()],
         evals=found.evals if same else None,
-        overrides=overrides(from_yaml(found.config or ""), verb),
+        overrides=overrides(read_settings(opened.folder / "config.yaml"), verb),
         version=minitron.__version__,
         fingerprints=inputs,
     )

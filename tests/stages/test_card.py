@@ -17,7 +17,7 @@ def test_a_finished_run_exports_its_card_with_its_evaluation(finished):
     assert card.data.to_dict()["tags"] == ["minitron", "pruning", "distillation"]
     evals = json.loads((finished / "eval.json").read_text())
     student = evals["student"]
-    assert f"| held-out | student | {student['params'] / 1000:.1f} k | {student['loss']:.3f} | {student['perplexity']:.2f} |" in card.text
+    assert f"| held-out | student | {student['params'] / 1000:.1f} K | {student['loss']:.3f} | {student['perplexity']:.2f} |" in card.text
     assert "16 steps of 8 sequences of 64 tokens" in card.text
 
 
