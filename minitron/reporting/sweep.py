@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron.files import read_json, write_json
+from minitron.files import as_written, read_object, write_json
 from minitron.reporting.console import fitting
 from minitron.reporting.results import MODELS, WHOLE, gap_closed, models_of
 from minitron.reporting.runfiles import RECORD, read_run
@@ -48,14 +48,17 @@ def write_sweep(folder: Path, runs: Mapping[str, Mapping[str, str]]) -> None:
 
 def read_sweep(folder: Path) -> dict[str, dict[str, str]]:
     """Inverse of `write_sweep`; nothing where the folder is no sweep's."""
-    return dict(read_json(folder / FILE)["runs"]) if (folder / FILE).is_file() else {}
+    if not (folder / FILE).is_file():
+        return {}
+    with as_written(folder / FILE):
+        return dict(read_object(folder / FILE)["runs"])
 
 
 def entry(folder: Path, chosen: dict[str, str]) -> Entry:
     """What one run came to so far."""
     if not (folder / RECORD).is_file():
         return Entry(folder.name, chosen, "not begun")
-    run, record = read_run(folder), read_json(folder / RECORD)
+    run, record = read_run(folder), read_object(folder / RECORD, of_objects=True)
     evals: Mapping[str, Any] = run.evals or {}
     result, before = (evals.get(name, {}) for name in reversed(models_of(evals)[-2:]))
     losses = [evals.get(name, {}).get("loss") for name in MODELS]

@@ -17,11 +17,11 @@ from minitron.config.layout import check_layout
 from minitron.config.schema import Config
 from minitron.config.sweep import expand
 from minitron.errors import RequestError, refuse, say_once
-from minitron.files import read_json, write_text
+from minitron.files import write_text
 from minitron.launching.cluster import ask, cancel, check_cluster, queue
 from minitron.launching.slurm import Job, Task, script, template
 from minitron.launching.storage import own_disk, refuse_unwritable
-from minitron.record import FREE, FREE_NAMES, RECORD, check_bound, flat, own
+from minitron.record import FREE, FREE_NAMES, RECORD, check_bound, flat, own, read_record
 from minitron.reporting.console import say
 from minitron.reporting.sweep import write_sweep
 from minitron.stages import family
@@ -132,7 +132,7 @@ def check_part(verb: str, part: Part, chain: list[tuple[Config, list[str]]]) -> 
     if part.cfg.slurm.check and (folder / RECORD).exists():
         if importlib.util.find_spec("megatron") is None:
             raise refuse("slurm.check", True, "Megatron-Core is not installed here; false leaves it to the job to look at what run.dir holds")
-        check_bound(folder, read_json(folder / RECORD), part.cfg, verb)
+        check_bound(folder, read_record(folder), part.cfg, verb)
 
 
 @contextlib.contextmanager
