@@ -8,6 +8,7 @@ from pathlib import Path
 
 import minitron
 from minitron.config.cluster import Slurm, texts
+from minitron.config.overrides import written
 from minitron.errors import shown
 
 FOLDER = "slurm"  # below run.dir: scripts, logs, and what attempts tell each other
@@ -138,16 +139,8 @@ def assigned(name: str, value: object, meaning: str) -> str:
 
 def command(verb: str, task: Task) -> list[str]:
     """Lines that set the script's arguments to the verb and its settings, one a line, and `run_dir`."""
-    words = [verb, *map(shlex.quote, (*task.words, setting("run.dir", str(task.run_dir))))]
+    words = [verb, *map(shlex.quote, (*task.words, f"run.dir={written(str(task.run_dir))}"))]
     return [f"run_dir={shlex.quote(str(task.run_dir))}", "set -- " + " \\\n        ".join(words)]
-
-
-def setting(name: str, value: str) -> str:
-    """A setting whose value is any text, in Hydra's syntax."""
-    if re.fullmatch(r"/[\w./-]*", value):
-        return f"{name}={value}"
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
-    return f"{name}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def container(job: Job) -> list[str]:

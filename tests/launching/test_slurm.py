@@ -14,8 +14,9 @@ import pytest
 from minitron.config.build import build
 from minitron.config.cluster import Slurm
 from minitron.config.compose import compose
+from minitron.config.overrides import written
 from minitron.errors import RequestError
-from minitron.launching.slurm import Job, Task, options, quoted, script, setting, template
+from minitron.launching.slurm import Job, Task, options, quoted, script, template
 from minitron.launching.storage import own_disk, refuse_unwritable
 
 TEXT = template().read_text(encoding="utf-8")
@@ -78,7 +79,7 @@ def test_logs_lie_in_the_runs_folder(tmp_path):
 
 @pytest.mark.parametrize("value", ["/plain/a.b", "a b", "it's", 'a "b"', "a\\'b", "end\\", "7", "null", "a,b", "{x: 1}", "a#b=c"])
 def test_any_text_survives_hydra(value):
-    assert compose("report", [setting("run.dir", value)]).run.dir == value
+    assert compose("report", [f"run.dir={written(value)}"]).run.dir == value
 
 
 @pytest.mark.parametrize(
