@@ -1,14 +1,15 @@
 """Settings written for the command line, and read back as they were."""
 
-import dataclasses
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitron.config.build import settings as all_settings
+from minitron.config.build import value_at
 from minitron.config.compose import compose, parsed
 from minitron.config.overrides import overrides, written
-from minitron.config.schema import Config, Run
+from minitron.config.schema import Config
+from minitron.config.verbs import reads
 
 
 @settings(max_examples=10)  # Hydra's parser is slow
@@ -32,7 +33,9 @@ def test_a_recipe_without_its_name(recipe):
     asked = ["data.train=my.jsonl", "run.dir=here", f"recipe={recipe}", "eval.texts.other=other text.txt"]
     composed = compose(verb, asked, complete=False)
     again = compose(verb, [*overrides(composed, verb), "run.dir=here"], complete=False)
-    assert dataclasses.replace(again, logging=composed.logging) == dataclasses.replace(composed, run=Run(dir="here"))
+    names = [one.name for one in all_settings() if reads(verb, one.name) and not one.name.startswith(("run.", "logging."))]
+    assert {name: value_at(again, name) for name in names} == {name: value_at(composed, name) for name in names}
+    assert value_at(again, "train.steps") != Config().train.steps
     assert not any(text.startswith(("run.", "recipe", "logging.")) for text in overrides(composed, verb))
 
 
