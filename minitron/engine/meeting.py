@@ -159,18 +159,18 @@ def located(ranks: Iterable[int], hosts: Sequence[str]) -> str:
     by_host: dict[str, list[int]] = {}
     for rank in sorted(ranks):
         by_host.setdefault(hosts[rank], []).append(rank)
-    named = [f"{name} ({numbered(its)})" for name, its in by_host.items()]
+    named = [f"{name} ({spans(its)})" for name, its in by_host.items()]
     more = [f"and {len(named) - MOST_HOSTS} more"] if len(named) > MOST_HOSTS else []
     return ", ".join(named[:MOST_HOSTS] + more)
 
 
-def numbered(ranks: Sequence[int]) -> str:
+def spans(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 0, 1`, `ranks 0 to 3, 7`: of ranks that grow."""
-    spans: list[list[int]] = []
+    found: list[list[int]] = []
     for rank in ranks:
-        if spans and spans[-1][-1] == rank - 1:
-            spans[-1].append(rank)
+        if found and found[-1][-1] == rank - 1:
+            found[-1].append(rank)
         else:
-            spans.append([rank])
-    words = [f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans]
+            found.append([rank])
+    words = [f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in found]
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"

@@ -95,7 +95,7 @@ def missing(heard: Heard) -> Iterator[str]:
         unheard = sorted({*heard.nodes} - {card.host for card in heard.there.values()})
         on = f" ({', '.join(unheard)} among the hosts of the job)" if unheard else ""
         minutes = f"parallel.start_minutes={heard.cfg.parallel.start_minutes:g}"
-        yield f"nothing was heard of {engine.numbered(silent)}{on} within {minutes}: they did not start, hang or have ended; see what they said"
+        yield f"nothing was heard of {engine.spans(silent)}{on} within {minutes}: they did not start, hang or have ended; see what they said"
 
 
 def refusals(heard: Heard) -> Iterator[str]:
@@ -133,7 +133,7 @@ def devices(heard: Heard) -> Iterator[str]:
         first = heard.there[ranks[0]]
         if first.device == "cuda" and first.gpus < len(ranks):
             gpus = f"{first.gpus} visible GPU{'s' * (first.gpus != 1)}"
-            yield f"{name} has {gpus} for {engine.numbered(ranks)}: one each is needed (see CUDA_VISIBLE_DEVICES)"
+            yield f"{name} has {gpus} for {engine.spans(ranks)}: one each is needed (see CUDA_VISIBLE_DEVICES)"
 
 
 def files(heard: Heard) -> Iterator[str]:
@@ -198,7 +198,7 @@ def loads(heard: Heard) -> Iterator[tuple[str, float]]:
     if room:
         name = max(room, key=lambda one: sums[one] / room[one])
         most = max(hosts[name], key=lambda rank: needed[rank].total)
-        parts = f" ({engine.numbered([most])}: {biggest(needed[most])})" if most not in on_gpus else ""
+        parts = f" ({engine.spans([most])}: {biggest(needed[most])})" if most not in on_gpus else ""
         yield (
             f"the ranks of {name} take about {sums[name] / GB:.1f} GB of host memory together{parts}, and there are {room[name] / GB:.1f}",
             sums[name] / room[name],

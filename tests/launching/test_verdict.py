@@ -156,8 +156,8 @@ def test_many_hosts_are_cut_short():
     hosts = [f"n{rank}" for rank in range(20)]
     assert engine.located([1, 2], hosts) == "n1 (rank 1), n2 (rank 2)"
     assert engine.located(range(20), hosts).endswith("n7 (rank 7), and 12 more")
-    assert engine.numbered([0, 1, 2, 5, 7, 8]) == "ranks 0 to 2, 5, 7, 8"
-    assert engine.numbered([4]) == "rank 4"
+    assert engine.spans([0, 1, 2, 5, 7, 8]) == "ranks 0 to 2, 5, 7, 8"
+    assert engine.spans([4]) == "rank 4"
 
 
 def test_a_card_of_another_version_is_read():
