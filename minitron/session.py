@@ -33,6 +33,8 @@ from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
+from minitron.evaluation.tasks import Tasks
+from minitron.evaluation.tasks import load as load_tasks
 from minitron.files import read_object, sha256, write_json, write_text
 from minitron.launching.preflight import preflight
 from minitron.pruning.target import target_arch
@@ -157,6 +159,13 @@ class Session:
             once=lambda make: engine.on_main(self.world, make), packing=self.cfg.data.packing, separate=self.cfg.data.separate_documents,
             prompts=self.cfg.data.prompt_key is not None,
         )  # fmt: skip
+
+    @functools.cached_property
+    def tasks(self) -> Tasks | None:
+        """The benchmark tasks of eval.tasks with their data, on rank 0 alone; None where there are none. Asked for by every rank together."""
+        if self.cfg.eval.tasks is None:
+            return None
+        return engine.main_only(self.world, lambda: load_tasks(self.cfg.eval, self.source.arch.max_position_embeddings))
 
     @property
     def cache_folder(self) -> Path:
@@ -319,6 +328,8 @@ def session(cfg: Config, verb: str) -> Iterator[Session]:
 
         engine.on_main(here, take)
         check_models(opened)
+        if "eval" in VERBS[verb].groups:
+            opened.tasks  # noqa: B018 -- what can't be asked is refused before the work that it would be asked about
         for line in remarks(cfg, verb, opened.source.arch) if here.is_main else ():
             say_once(line)
         yield opened

@@ -1,7 +1,7 @@
 """Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
 
-This file, with cluster.py for SLURM and planning.py for plans, is the only place where a default lives; the YAML files under `configs/` hold choices
-that differ from it.
+This file, with cluster.py for SLURM, planning.py for plans and evaluation.py, is the only place where a default lives; the YAML files under `configs/`
+hold choices that differ from it.
 `setting(default, "meaning", ...)` (setting.py) carries what `--help` prints and the simple checks.
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from minitron.config.cluster import Slurm
+from minitron.config.evaluation import Eval
 from minitron.config.planning import Planning
 from minitron.config.setting import MISSING, setting
 from minitron.errors import refuse
@@ -390,14 +391,6 @@ class Family:
         "who teaches from the second model on: original, model.path; previous, the model that it was pruned from",
         allowed=("original", "previous"),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval:
-    texts: dict[str, str] = setting({}, "further texts to report loss and perplexity on, as name: source")
-    seq_length: int | None = setting(None, "tokens per window, not overlapping (null: train.seq_length)", least=2)
-    tokens: int = setting(65536, "tokens of each text to read", least=1)
-    micro_batch_size: int = setting(4, "windows per forward pass", least=1)
 
 
 @dataclasses.dataclass(frozen=True)

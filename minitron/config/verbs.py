@@ -83,7 +83,7 @@ VERBS: dict[str, Verb] = {
         trains=True,
     ),
     "evaluate": Verb(
-        "loss and perplexity of the teacher, the pruned model and the student, or of a model before and after minitron train",
+        "perplexities and benchmark tasks of the teacher, the pruned model and the student, or of a model before and after minitron train",
         ("run", "model", "data", "teacher", "train", "eval", "parallel", *COMMON),
         ("run.dir", "model.path", "data.train | data.valid"),
     ),

@@ -206,7 +206,8 @@ def _shuffled(indexed: IndexedDataset, prefix: Path, seq_length: int, num_sample
 
 class Windows:
     """Sequences that do not overlap: window i of a text is its tokens [i * seq_length, (i + 1) * seq_length], so every token but a text's first is
-    predicted once. A last, partial window is left out.
+    predicted once. A last, partial window is left out. With a `stride` below seq_length they begin that far apart instead, and of a window only the
+    predictions count that none before it made (`first_counted`): so these see more of what stands before them.
 
     `limit_tokens` reads that many predicted tokens at most, rounded down to whole windows; `count` asks for exactly so many windows. Of a blend, each
     text gives its share by weight (all of it, where neither is given). With `shuffle_seed` the windows are drawn without replacement, otherwise they
@@ -214,11 +215,11 @@ class Windows:
     """
 
     def __init__(self, blend: Blend, seq_length: int, *, limit_tokens: int | None = None, count: int | None = None, shuffle_seed: int | None = None,
-                 setting: str = "eval.tokens") -> None:  # fmt: skip
-        self.seq_length = seq_length
+                 setting: str = "eval.tokens", stride: int | None = None) -> None:  # fmt: skip
+        self.seq_length, self.stride = seq_length, stride or seq_length
         self.texts = [open_indexed(Path(prefix), setting) for prefix, _ in blend]
-        there = [windows_in(num_tokens(text), seq_length) for text in self.texts]
-        counts = taken(there, [weight for _, weight in blend], seq_length, limit_tokens, count, setting)
+        there = [windows_in(num_tokens(text), seq_length, stride) for text in self.texts]
+        counts = taken(there, [weight for _, weight in blend], seq_length, limit_tokens, count, setting, stride)
         generator = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
         chosen = [np.arange(n) if generator is None else generator.choice(of, n, replace=False) for of, n in zip(there, counts, strict=True)]
         self.text_of = np.repeat(np.arange(len(blend)), counts)
@@ -233,7 +234,17 @@ class Windows:
     def __getitem__(self, index: int) -> torch.Tensor:
         """Window `index` as int64 [T]."""
         text, window = self.texts[self.text_of[index]], int(self.window_of[index])
-        return torch.from_numpy(read_tokens(text, window * self.seq_length, self.seq_length + 1))
+        return torch.from_numpy(read_tokens(text, window * self.stride, self.seq_length + 1))
+
+    def first_counted(self, index: int) -> int:
+        """The first position of window `index` whose prediction counts."""
+        return self.seq_length - self.stride if self.window_of[index] else 0
+
+    def predicted(self) -> Iterator[np.ndarray]:
+        """Of each text the tokens that are predicted, where the windows are its first ones."""
+        for number, windows in enumerate(np.bincount(self.text_of, minlength=len(self.texts)).tolist()):
+            if windows:
+                yield read_tokens(self.texts[number], 1, self.seq_length + (windows - 1) * self.stride)
 
 
 def batches(
@@ -255,13 +266,21 @@ def num_eval_batches(samples: Samples, micro_batch_size: int, dp_size: int) -> i
     return -(-len(samples) // (micro_batch_size * dp_size))
 
 
-def eval_batches(samples: Samples, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every sample once over all ranks: (tokens int64 [B, T], valid bool [B]).
+def eval_batches(
+    samples: Samples, *, micro_batch_size: int, dp_rank: int, dp_size: int, first_counted: Callable[[int], int] | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every sample once over all ranks: (tokens int64 [B, T], valid bool [B]), or (tokens, counted bool [B, S]) where `first_counted` tells the
+    first position of a sample whose prediction counts.
 
     All ranks get equally many batches of the same shape, as pipeline schedules need; where samples run out, sample 0 stands in and is not valid.
     """
     for micro_batch in range(num_eval_batches(samples, micro_batch_size, dp_size)):
         first = (micro_batch * dp_size + dp_rank) * micro_batch_size
         indices = range(first, first + micro_batch_size)
-        valid = torch.tensor([index < len(samples) for index in indices])
-        yield torch.stack([samples[index if index < len(samples) else 0] for index in indices]), valid
+        valid_B = torch.tensor([index < len(samples) for index in indices])
+        tokens_BT = torch.stack([samples[index if index < len(samples) else 0] for index in indices])
+        if first_counted is None:
+            yield tokens_BT, valid_B
+        else:
+            begin_B = torch.tensor([first_counted(index) if index < len(samples) else 0 for index in indices])
+            yield tokens_BT, valid_B[:, None] & (torch.arange(tokens_BT.size(1) - 1) >= begin_B[:, None])

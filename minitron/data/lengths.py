@@ -7,9 +7,15 @@ import numpy as np
 from minitron.errors import refuse
 
 
-def windows_in(tokens: int, seq_length: int) -> int:
-    """Windows of `seq_length` predicted tokens in a text: its first token is predicted by none."""
-    return max(tokens - 1, 0) // seq_length
+def windows_in(tokens: int, seq_length: int, stride: int | None = None) -> int:
+    """Windows of `seq_length` predicted tokens in a text, each beginning `stride` tokens (null: its length) behind the last one: a text's first
+    token is predicted by none."""
+    return max(0, (tokens - 1 - seq_length) // (stride or seq_length) + 1)
+
+
+def windows_for(tokens: int, texts: int, seq_length: int, stride: int | None = None) -> int:
+    """Windows that predict so many tokens at most, of `texts` texts: in the first of each all count, in the others what the one before lacks."""
+    return min(tokens // seq_length, texts) + max(0, (tokens - texts * seq_length) // (stride or seq_length))
 
 
 def rows_of(start: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
@@ -19,7 +25,15 @@ def rows_of(start: int, micro_batch: int, micro_batch_size: int, dp_rank: int, d
     return range(first, first + micro_batch_size)
 
 
-def taken(there: Sequence[int], weights: Sequence[float], seq_length: int, limit_tokens: int | None, count: int | None, setting: str) -> list[int]:
+def taken(
+    there: Sequence[int],
+    weights: Sequence[float],
+    seq_length: int,
+    limit_tokens: int | None,
+    count: int | None,
+    setting: str,
+    stride: int | None = None,
+) -> list[int]:
     """How many of its windows each text of a blend gives: `count` in all, or as many as `limit_tokens` hold, by weight; else all that are `there`.
 
     Raises RequestError, naming `setting`, where that is none, or less than `count`.
@@ -37,7 +51,8 @@ def taken(there: Sequence[int], weights: Sequence[float], seq_length: int, limit
         return list(there)
     if limit_tokens < seq_length:
         raise refuse(setting, limit_tokens, f"at least one sequence of {seq_length} tokens is needed")
-    shares = [min(wanted, of) for wanted, of in zip(apportion(limit_tokens // seq_length, weights), there, strict=True)]
+    asked_of = apportion(windows_for(limit_tokens, len(there), seq_length, stride), weights)
+    shares = [min(wanted, of) for wanted, of in zip(asked_of, there, strict=True)]
     if not any(shares):
         raise refuse(setting, limit_tokens, f"too few for a sequence of {seq_length} tokens of each text of the blend that is long enough")
     return shares

@@ -36,24 +36,30 @@ class Score:
 def language_model_score(model: Model, batches: Iterable[tuple[Tensor, Tensor]], world: World, advance: Callable[[int], None] | None = None) -> Score:
     """Mean next-token loss over windows of tokens. Every rank returns the same.
 
-    `batches` yields (tokens [B, T], valid [B] bool): windows that only fill up a batch are not counted.
+    `batches` yields (tokens [B, T], counted bool): [B], windows that only fill up a batch are not counted, or [B, S], nor are the predictions that
+    an earlier window made already.
     """
     started, total, count = time.perf_counter(), 0.0, 0
     for group in in_passes(batches, world, lambda batch: batch[0].shape):
 
         def collect(number: int, hidden_SBH: Tensor, group: list[tuple[Tensor, Tensor]] = group) -> tuple[float, int]:
-            tokens_BT, valid_B = group[number]
+            tokens_BT, counted = group[number]
             losses_BS = position_losses(model, hidden_SBH, tokens_BT, world)
-            counted_BS = valid_B.to(world.device)[:, None].expand_as(losses_BS)
+            counted_BS = local_part(by_position(counted, tokens_BT), world).to(world.device)
             return float(losses_BS[counted_BS].double().sum()), int(counted_BS.sum())
 
         for loss_sum, tokens in forward_only(model, [tokens_BT[:, :-1] for tokens_BT, _ in group], world, collect):
             total, count = total + loss_sum, count + tokens
         if advance is not None:
-            advance(sum(int(valid_B.sum()) for _, valid_B in group))
+            advance(sum(int(by_position(counted, tokens_BT).any(dim=1).sum()) for tokens_BT, counted in group))
     sums = from_last_stages(torch.tensor([total, count], dtype=torch.float64, device=world.device), world)
     total, count = sums[0].item(), int(sums[1].item())
     return Score(total / max(count, 1), count, count / (time.perf_counter() - started))
+
+
+def by_position(counted: Tensor, tokens_BT: Tensor) -> Tensor:
+    """[B, S] of [B] or [B, S]."""
+    return counted[:, None].expand_as(tokens_BT[:, 1:]) if counted.dim() == 1 else counted
 
 
 def position_losses(model: Model, hidden_SBH: Tensor, tokens_BT: Tensor, world: World) -> Tensor:

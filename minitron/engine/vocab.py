@@ -3,6 +3,8 @@
 Legend: T tokens, C tokens of one chunk, v live vocabulary rows of this rank, H hidden.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
@@ -34,9 +36,22 @@ def all_ranks(packed_KC: Tensor, world: World) -> Tensor:
 def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512,
                  softcap: float | None = None) -> Tensor:  # fmt: skip
     """Cross-entropy of each token in nats, fp32 [T], without gradients. `softcap`: of the logits (arch.Arch)."""
+    return torch.cat([losses_C for losses_C, _ in _judged_chunks(hidden_TH, weight_vH, first, labels_T, world, chunk_tokens, softcap, False)])
+
+
+def judged_tokens(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int = 512,
+                  softcap: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `token_losses`, and the most probable token in place of each, int64 [T]: the first one where several are."""
+    losses, likeliest = zip(*_judged_chunks(hidden_TH, weight_vH, first, labels_T, world, chunk_tokens, softcap, True), strict=True)
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def _judged_chunks(
+    hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Tensor, world: World, chunk_tokens: int, softcap: float | None, likeliest: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunk by chunk losses [C] and, where asked for, the most probable tokens [C] (else nothing of use)."""
     # a processor sums over so few rows in its caches; a GPU over all of a chunk in one kernel
     rows = 8 if hidden_TH.device.type == "cpu" else chunk_tokens
-    losses = []
     for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
         logits_Cv = hidden_CH @ weight_vH.t()
         if softcap is not None:
@@ -44,10 +59,22 @@ def token_losses(hidden_TH: Tensor, weight_vH: Tensor, first: int, labels_T: Ten
         inside_C = (labels_C >= first) & (labels_C < first + weight_vH.shape[0])
         mine_C = torch.where(inside_C, labels_C - first, 0)
         target_C = torch.where(inside_C, logits_Cv.gather(1, mine_C[:, None])[:, 0].float(), 0.0)
+        largest = _largest(logits_Cv, first) if likeliest else []
         spread_C = torch.cat([log_sum_exp(part_v.float()) for part_v in logits_Cv.split(rows)])
-        sums_rKC = all_ranks(torch.stack([spread_C, target_C]), world)
-        losses.append(torch.logsumexp(sums_rKC[:, 0], dim=0) - sums_rKC[:, 1].sum(dim=0))
-    return torch.cat(losses)
+        ranks_rKC = all_ranks(torch.stack([spread_C, target_C, *largest]), world)
+        losses_C = torch.logsumexp(ranks_rKC[:, 0], dim=0) - ranks_rKC[:, 1].sum(dim=0)
+        yield losses_C, _first_of_largest(ranks_rKC[:, 2], ranks_rKC[:, 3]) if likeliest else labels_C
+
+
+def _largest(logits_Cv: Tensor, first: int) -> list[Tensor]:
+    """Of each row the largest logit of this rank and its token, both fp32 [C], which holds every token's number exactly."""
+    index_C = logits_Cv.argmax(dim=1)
+    return [logits_Cv.gather(1, index_C[:, None])[:, 0].float(), (index_C + first).float()]
+
+
+def _first_of_largest(logits_rC: Tensor, tokens_rC: Tensor) -> Tensor:
+    """int64 [C]: the token of the rank whose logit is the largest; ranks hold the vocabulary in order."""
+    return tokens_rC.gather(0, logits_rC.argmax(dim=0, keepdim=True))[0].long()
 
 
 def log_sum_exp(logits_Cv: Tensor) -> Tensor:

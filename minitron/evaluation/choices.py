@@ -165,24 +165,36 @@ def requests(questions: Sequence[Question], tokenizer: Any, limit: int) -> list[
     return found
 
 
-def microbatches(asked: Sequence[Request], tokens: int, ways: int) -> Iterator[engine.Scored]:
-    """All requests, padded at the end, those of one length together; a microbatch holds at most `tokens` tokens, or one request.
+def by_length(lengths: Sequence[int], tokens: int, ways: int) -> Iterator[tuple[int, list[int]]]:
+    """Sequences of these lengths for one microbatch after another, those of one padded length together: (that length, their numbers). A microbatch
+    holds at most `tokens` tokens, or one sequence.
 
-    `ways`: what the length of a sequence must be divisible by. The sum of request n is row n.
+    `ways`: what the length of a sequence must be divisible by.
     """
-    step = ways * math.ceil(PAD_TO / ways)
-    by_length: dict[int, list[int]] = {}
-    for number, request in enumerate(asked):
-        by_length.setdefault(math.ceil((len(request.tokens) - 1) / step) * step, []).append(number)
-    for length, numbers in sorted(by_length.items()):
+    step = padding(ways)
+    numbers_of: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        numbers_of.setdefault(math.ceil(length / step) * step, []).append(number)
+    for length, numbers in sorted(numbers_of.items()):
         most = max(1, tokens // length)
-        for rows in (numbers[start : start + most] for start in range(0, len(numbers), most)):
-            tokens_BT = torch.zeros(len(rows), length + 1, dtype=torch.int64)
-            counted_BS = torch.zeros(len(rows), length, dtype=torch.bool)
-            for row, request in enumerate(asked[number] for number in rows):
-                tokens_BT[row, : len(request.tokens)] = torch.tensor(request.tokens)
-                counted_BS[row, len(request.tokens) - 1 - request.ending : len(request.tokens) - 1] = True
-            yield engine.Scored(tokens_BT, counted_BS, torch.tensor(rows))
+        for start in range(0, len(numbers), most):
+            yield length, numbers[start : start + most]
+
+
+def padding(ways: int) -> int:
+    """What lengths are padded to multiples of."""
+    return ways * math.ceil(PAD_TO / ways)
+
+
+def microbatches(asked: Sequence[Request], tokens: int, ways: int) -> Iterator[engine.Scored]:
+    """All requests in microbatches `by_length`, padded at the end. The sum of request n is row n."""
+    for length, rows in by_length([len(request.tokens) - 1 for request in asked], tokens, ways):
+        tokens_BT = torch.zeros(len(rows), length + 1, dtype=torch.int64)
+        counted_BS = torch.zeros(len(rows), length, dtype=torch.bool)
+        for row, request in enumerate(asked[number] for number in rows):
+            tokens_BT[row, : len(request.tokens)] = torch.tensor(request.tokens)
+            counted_BS[row, len(request.tokens) - 1 - request.ending : len(request.tokens) - 1] = True
+        yield engine.Scored(tokens_BT, counted_BS, torch.tensor(rows))
 
 
 def accuracy(losses_PN: Tensor, questions: Sequence[Question], normalised: bool) -> Tensor:

@@ -30,9 +30,9 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron.reporting import standing
-from minitron.reporting.results import HELD_OUT, RESULTS, STUDENT, Evals, Row, models_of, rows, task_rows
+from minitron.reporting.results import HELD_OUT, RESULTS, STUDENT, Evals, Row, TaskRow, models_of, rows, task_rows, windows_told
 from minitron.reporting.standing import Standing
-from minitron.reporting.wording import ABSENT, clock, counted, decimal, percent, size
+from minitron.reporting.wording import clock, counted, decimal, measurement, percent, size
 from minitron.search.candidates import Results, Rung
 
 Advance = Callable[..., None]
@@ -41,7 +41,8 @@ PLAIN_LINES = 10  # lines that a progress prints at least where there is no term
 PLAIN_SECONDS = 30.0  # and the longest that it says nothing while turns are done
 BAR_LEAST = 10  # characters
 UNBOUNDED = 10_000  # characters: wider than anything here
-LEFT_OUT = ("tokens/s", "params", "perplexity", "gap closed")  # columns of the table that a narrow terminal goes without, the first one first
+# columns of the table that a narrow terminal goes without, the first one first
+LEFT_OUT = ("per word", "tokens/s", "params", "perplexity", "gap closed")
 
 
 def say(text: str, *, console: Console | None = None) -> None:
@@ -272,8 +273,11 @@ def final_table(evals: Evals, notes: Mapping[str, str] | None = None, *, console
     if found := rows(evals):
         names = max(10, console.width // 7)
         console.print(fitting((_losses(found, LEFT_OUT[:count], names) for count in range(len(LEFT_OUT) + 1)), console))
+        if told := windows_told(evals):
+            console.print(Text(f" perplexity of {told}", style="dim"))
     if tasks := task_rows(evals):
-        console.print(_tasks(tasks, models_of(evals)))
+        console.print()
+        console.print(fitting((_tasks(tasks, models_of(evals), error) for error in (True, False)), console))
     for what, where in (notes or {}).items():
         console.print(Text.assemble((f" {what:<8} ", "dim"), where), soft_wrap=True, highlight=False)
 
@@ -287,9 +291,12 @@ def _losses(found: list[Row], left_out: tuple[str, ...], names: int) -> Table:
         "params": lambda row: size(row.parameters),
         "loss": lambda row: decimal(row.loss, 3),
         "perplexity": lambda row: decimal(row.perplexity),
+        "per word": lambda row: decimal(row.word_perplexity),
         "gap closed": lambda row: percent(row.gap_closed) if row.model == STUDENT else "",
         "tokens/s": lambda row: decimal(row.tokens_per_second, 0) if row.text == HELD_OUT else "",
     }
+    if all(row.word_perplexity is None for row in found):
+        del columns["per word"]
     shown = [(heading, write) for heading, write in columns.items() if heading not in left_out]
     for heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -304,13 +311,18 @@ def _losses(found: list[Row], left_out: tuple[str, ...], names: int) -> Table:
     return table
 
 
-def _tasks(tasks: list[tuple[str, list[float | None]]], models: tuple[str, ...]) -> Table:
+def _tasks(tasks: list[TaskRow], models: tuple[str, ...], error: bool) -> Table:
+    """Values side by side, with their standard errors where there is room for them."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
-    for heading in models:
+    table.add_column("metric", overflow="fold")
+    for heading in (*models, "retained"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, values in tasks:
-        table.add_row(Text(name), *(ABSENT if value is None else f"{value:.4g}" for value in values))
+    previous = None
+    for row in tasks:
+        values = (measurement(value, error) for value in row.values)
+        table.add_row(Text("" if row.task == previous else row.name), Text(row.metric), *values, percent(row.retained))
+        previous = row.task
     return table
 
 

@@ -133,7 +133,7 @@ def table_card(title: str, table: str) -> str:
     return f'<div class="card"><h3>{escape(title)}</h3>{table}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "", texts: int = 1) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str | None = "", texts: int = 1) -> str:
     """A table whose first `texts` columns are texts, at the left, and whose others are numbers, at the right.
 
     Rows with a cell equal to `strong` stand out; where there are two columns of texts, a row with a first cell starts a group.

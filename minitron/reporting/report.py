@@ -9,10 +9,10 @@ from minitron.arch.counts import count
 from minitron.config.schema import BUDGETS
 from minitron.files import write_text
 from minitron.reporting import curves, page, pictures, searched, standing
-from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows
+from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows, windows_told
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed
-from minitron.reporting.wording import ABSENT, SIZES, counted, decimal, kept_of, percent, ratio, size, size_of
+from minitron.reporting.wording import ABSENT, SIZES, counted, decimal, kept_of, measurement, percent, ratio, size, size_of
 
 REPORT = "report.html"
 
@@ -221,19 +221,27 @@ def evaluation(run: RunFiles) -> str:
     """Every model on every text and task."""
     if run.evals is None:
         return page.section("evaluation", "Evaluation", page.absent("eval.json", "evaluate"))
-    found = rows(run.evals)
+    models, told, found = models_of(run.evals), windows_told(run.evals), rows(run.evals)
+    words = any(row.word_perplexity is not None for row in found)
     lines, previous = [], None
     for row in found:
         gap = percent(row.gap_closed) if row.model == STUDENT else ""
         speed = decimal(row.tokens_per_second, 0) if row.text == HELD_OUT else ""
-        lines.append(("" if row.text == previous else row.text, row.model, decimal(row.loss, 3), decimal(row.perplexity), gap, speed))
+        perplexities = (decimal(row.perplexity), *([decimal(row.word_perplexity)] if words else []))
+        lines.append(("" if row.text == previous else row.text, row.model, decimal(row.loss, 3), *perplexities, gap, speed))
         previous = row.text
-    losses = page.table(("Text", "Model", "Loss", "Perplexity", "Gap closed", "Tokens/s"), lines, strong=models_of(run.evals)[-1], texts=2)
-    cards = [page.table_card("Texts", losses), page.card(curves.loss_dots(run.evals))]
+    head = ["Text", "Model", "Loss", "Perplexity", *(["Per word"] if words else []), "Gap closed", "Tokens/s"]
+    cards = [page.table_card("Texts", page.table(head, lines, strong=models[-1], texts=2)), page.card(curves.loss_dots(run.evals))]
     if tasks := task_rows(run.evals):
-        shown = [(name, *(ABSENT if value is None else f"{value:.4g}" for value in values)) for name, values in tasks]
-        cards.append(page.table_card("Tasks", page.table(("Task", *map(str.capitalize, models_of(run.evals))), shown)))
-    return page.section("evaluation", "Evaluation", page.grid(*cards))
+        asked = [ABSENT if row.rows is None else f"{row.rows:,}" for row in tasks]
+        shown = [
+            (row.name, row.metric, *map(measurement, row.values), percent(row.retained), rows_asked)
+            for row, rows_asked in zip(tasks, asked, strict=True)
+        ]
+        head = ["Task", "Metric", *map(str.capitalize, models), "Retained", "Rows"]
+        cards.append(page.table_card("Tasks, with standard errors", page.table(head, shown, strong=None, texts=2)))
+    note = page.remark(f"Loss in nats per token; perplexity per token{' and per word' if words else ''}, of {told}.") if told else ""
+    return page.section("evaluation", "Evaluation", note, page.grid(*cards))
 
 
 def loading(run: RunFiles) -> str:

@@ -32,6 +32,14 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return ABSENT if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
+def measurement(found: tuple[float, float | None] | None, error: bool = True) -> str:
+    """A value and its standard error: (0.4344, 0.0222) -> "0.434 ±0.022"."""
+    if found is None:
+        return ABSENT
+    digits = 3 if abs(found[0]) < 10 else 2
+    return decimal(found[0], digits) + (f" ±{decimal(found[1], digits)}" if error and found[1] is not None else "")
+
+
 def ratio(part: float | None, whole: float | None) -> float | None:
     """`part / whole`, None where either is missing or the whole is zero."""
     return None if part is None or not whole else part / whole

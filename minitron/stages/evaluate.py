@@ -1,11 +1,16 @@
-"""`minitron evaluate`: loss and perplexity of the teacher, the pruned model and the student, or of a model before and after `train`."""
+"""`minitron evaluate`: perplexities and benchmark tasks of the teacher, the pruned model and the student, or of a model before and after `train`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from minitron import engine
 from minitron.config.schema import Config
+from minitron.data.tokenizing import load_tokenizer
+from minitron.evaluation.asking import Answers, conducted, end_tokens
+from minitron.evaluation.tasks import evaluate
+from minitron.evaluation.words import count_words, per_word
 from minitron.files import write_json
 from minitron.reporting.console import final_table, progress, say
 from minitron.reporting.results import MODELS, WHOLE
@@ -46,26 +51,54 @@ def measure(model: engine.Model, name: str, opened: Session, world: engine.World
     """One model's entry of eval.json; `world` is its layout. The figures at its top are of held-out text of the training corpus."""
     texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened, world) for text in opened.cfg.eval.texts}
     held_out = score(model, "valid", f"{name} on held-out text", opened, world)
-    return {
-        "params": model.arch.num_parameters(),
-        **_entry(held_out),
-        "tokens_per_second": held_out.tokens_per_second,
-        "texts": {text: _entry(found) for text, found in texts.items()},
-        "tasks": {},
-    }
+    return {"params": model.arch.num_parameters(), **held_out, "texts": texts, "tasks": answer(model, name, opened, world)}
 
 
-def score(model: engine.Model, split: str, description: str, opened: Session, world: engine.World) -> engine.Score:
-    """Loss on windows of a prepared text that do not overlap; the last, partial window is left out."""
+def score(model: engine.Model, split: str, description: str, opened: Session, world: engine.World) -> dict[str, Any]:
+    """Loss and perplexities on windows of a prepared text; the last, partial window is left out."""
     cfg = opened.cfg
     from minitron.data.corpus import Windows, eval_batches
 
     seq_length = cfg.eval.seq_length or cfg.train.seq_length
-    windows = Windows(opened.data.blend(split), seq_length, limit_tokens=cfg.eval.tokens)
-    stream = eval_batches(windows, micro_batch_size=cfg.eval.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp)
+    windows = Windows(opened.data.blend(split), seq_length, limit_tokens=cfg.eval.tokens, stride=cfg.eval.stride)
+    stream = eval_batches(
+        windows,
+        micro_batch_size=cfg.eval.micro_batch_size,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp,
+        first_counted=None if cfg.eval.stride is None else windows.first_counted,
+    )
     with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance, model.on_device():
-        return engine.language_model_score(model, stream, world, lambda count: advance(count * world.dp))
+        found = engine.language_model_score(model, stream, world, lambda count: advance(count * world.dp))
+    words = engine.on_main(world, lambda: count_words(windows.predicted(), load_tokenizer(str(opened.source.folder))))
+    return {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "word_perplexity": per_word(found.loss, found.tokens, words),
+        "words": words,
+        "seq_length": seq_length,
+        "stride": windows.stride,
+        "tokens_per_second": found.tokens_per_second,
+    }
 
 
-def _entry(found: engine.Score) -> dict[str, Any]:
-    return {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+def answer(model: engine.Model, name: str, opened: Session, world: engine.World) -> dict[str, Any]:
+    """How a model does on the benchmark tasks; on rank 0 alone, where lm-eval runs."""
+    cfg, tasks = opened.cfg, opened.tasks
+    if cfg.eval.tasks is None:
+        return {}
+    folder = opened.source.folder
+    tokenizer = load_tokenizer(str(folder))
+    budget = cfg.eval.micro_batch_size * (cfg.eval.seq_length or cfg.train.seq_length)
+    shown = cfg.logging.progress and world.is_main
+    answers = Answers(model, world, tokenizer, end_tokens(folder, tokenizer), budget, lambda what, total: progress(f"{name}, {what}", total, shown))
+    most = cfg.eval.max_length or model.arch.max_position_embeddings
+
+    def conduct(ask: Callable[[Any], Any]) -> dict[str, Any]:
+        from minitron.evaluation.harness import ShardedLM  # imports lm-eval
+
+        assert tasks is not None
+        return evaluate(ShardedLM(ask, tokenizer, most), tasks, cfg.eval)
+
+    return conducted(world, answers, conduct) or {}

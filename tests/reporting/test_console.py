@@ -203,18 +203,39 @@ def test_a_long_name_of_a_text_is_folded_and_leaves_the_numbers_alone():
     assert "".join(line[1:12].strip() for line in printed(to).splitlines() if "_" in line) == name
 
 
+def answered(value, stderr, num_fewshot=0):
+    return {"metrics": {"acc": {"value": value, "stderr": stderr, "higher_is_better": True}}, "rows": 9, "num_fewshot": num_fewshot, "group": None}
+
+
 def test_final_table_of_a_partial_evaluation():
     to = console()
-    final_table({"teacher": {"params": 1000, "loss": 2.0, "perplexity": 7.389, "tasks": {"piqa": {"acc": 0.6432}}}}, console=to)
+    final_table({"teacher": {"params": 1000, "loss": 2.0, "perplexity": 7.389, "tasks": {"piqa": answered(0.6432, 0.0123)}}}, console=to)
     cells = [line.split() for line in printed(to).splitlines()]
     assert ["held-out", "teacher", "1.0", "K", "2.000", "7.39", "–"] in cells
-    assert ["piqa", "acc", "0.6432", "–", "–"] in cells
+    assert ["piqa", "acc", "0.643", "±0.012", "–", "–", "–"] in cells
+
+
+def test_standard_errors_and_words_give_way_where_there_is_no_room():
+    entry = {"params": 1000, "loss": 2.0, "perplexity": 7.389, "word_perplexity": 31.5, "tokens_per_second": 9.0, "seq_length": 1024, "stride": 512,
+             "tasks": {"hellaswag": answered(0.5, 0.0123), "gsm8k": answered(0.25, None, 8)}}  # fmt: skip
+    evals = {"teacher": entry, "student": {**entry, "tasks": {"hellaswag": answered(0.4, 0.011)}}}
+    wide, narrow = console(110), console(54)
+    for to in (wide, narrow):
+        final_table(evals, console=to)
+    lines = [line.split() for line in printed(wide).splitlines()]
+    assert ["hellaswag", "acc", "0.500", "±0.012", "–", "0.400", "±0.011", "80.0", "%"] in lines
+    assert ["gsm8k", "(8-shot)", "acc", "0.250", "–", "–", "–"] in lines
+    assert "per word" in printed(wide) and "31.50" in printed(wide)
+    assert "perplexity of windows of 1,024 tokens, one every 512" in printed(wide)
+    assert "±" not in printed(narrow) and "per word" not in printed(narrow) and "80.0 %" in printed(narrow)
 
 
 def test_names_from_files_are_shown_as_they_are():
     to, name = console(140), "[red]x[/red] [/]"
     final_table(
-        {"teacher": {"params": 1, "loss": 1.0, "perplexity": 2.7, "texts": {name: {"loss": 1.0}}, "tasks": {name: 0.5}}}, {name: name}, console=to
+        {"teacher": {"params": 1, "loss": 1.0, "perplexity": 2.7, "texts": {name: {"loss": 1.0}}, "tasks": {name: answered(0.5, None)}}},
+        {name: name},
+        console=to,
     )
     assert printed(to).count(name) == 4
 

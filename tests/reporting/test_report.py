@@ -148,9 +148,15 @@ def test_an_evaluation_of_the_teacher_alone_is_told(run_dir):
 
 def test_tasks_have_a_table(run_dir):
     evals = json.loads((run_dir / "eval.json").read_text())
-    evals["student"]["tasks"] = {"hellaswag": {"acc": 0.372, "acc_norm": 0.4343}}
+    for model, value in (("teacher", 0.5), ("student", 0.4343)):
+        acc = {"value": value, "stderr": 0.0222, "higher_is_better": True}
+        evals[model]["tasks"] = {"hellaswag": {"metrics": {"acc_norm": acc}, "rows": 500, "num_fewshot": 10, "group": None}}
+    evals["teacher"] |= {"seq_length": 1024, "stride": 512, "word_perplexity": 33.25}
     (run_dir / "eval.json").write_text(json.dumps(evals))
-    assert ["hellaswag acc_norm", "–", "–", "0.4343"] in page_of(run_dir).rows
+    page = page_of(run_dir)
+    assert ["hellaswag (10-shot)", "acc_norm", "0.500 ±0.022", "–", "0.434 ±0.022", "86.9 %", "500"] in page.rows
+    assert ["held-out", "teacher", "2.650", "14.15", "33.25", "", "1,210"] in page.rows
+    assert "of windows of 1,024 tokens, one every 512." in page.text
 
 
 def test_a_report_is_replaced_whole(run_dir):
@@ -165,7 +171,8 @@ def test_hostile_names_are_shown_and_not_obeyed(run_dir):
     evals = json.loads((run_dir / "eval.json").read_text())
     for model in evals.values():
         model["texts"] = {HOSTILE: model["texts"]["wikitext2"]}
-        model["tasks"] = {HOSTILE: {HOSTILE: 0.5}}
+        acc = {"value": 0.5, "stderr": None, "higher_is_better": True}
+        model["tasks"] = {HOSTILE: {"metrics": {HOSTILE: acc}, "rows": None, "num_fewshot": None, "group": None}}
     (run_dir / "eval.json").write_text(json.dumps(evals))
     (run_dir / "config.yaml").write_text(json.dumps({"model": {"path": HOSTILE.replace("/", "")}, "note": HOSTILE}))
     folder = run_dir.rename(run_dir.with_name("a\"b'c<script>d&"))
@@ -173,7 +180,7 @@ def test_hostile_names_are_shown_and_not_obeyed(run_dir):
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert escape(HOSTILE) in (folder / "report.html").read_text()
-    assert HOSTILE in [row[0] for row in page.rows] and f"{HOSTILE} {HOSTILE}" in [row[0] for row in page.rows]
+    assert HOSTILE in [row[0] for row in page.rows] and HOSTILE in [row[1] for row in page.rows]
     assert page.text.count(HOSTILE.replace("/", "")) == 2  # the heading and the tab's title
     line = next(line for line in page.text.splitlines() if line.startswith("model = "))
     assert eval(line.removeprefix("model = AutoModelForCausalLM.from_pretrained"), {}) == str(folder / "hf")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minitron.reporting.results import gap_closed, rows, task_rows, text_names
+from minitron.reporting.results import gap_closed, rows, task_rows, text_names, windows_told
 
 EVALS = {
     "teacher": {
@@ -77,9 +77,45 @@ def test_models_and_texts_that_were_not_measured_have_no_row():
     assert rows({}) == [] and text_names({}) == ["held-out"]
 
 
-def test_tasks_are_told_number_by_number():
-    evals = {"teacher": {"tasks": {"piqa": {"acc": 0.643, "alias": "piqa"}, "arc": 0.5}}, "student": {"tasks": {"piqa": {"acc": 0.6}}}}
-    assert task_rows(evals) == [("piqa acc", [0.643, None, 0.6]), ("arc", [0.5, None, None])]
+def metric(value, stderr=None, more_is_better=True):
+    return {"value": value, "stderr": stderr, "higher_is_better": more_is_better}
+
+
+def task(rows=10, num_fewshot=0, group=None, **metrics):
+    return {"metrics": metrics, "rows": rows, "num_fewshot": num_fewshot, "group": group}
+
+
+TASKS = {
+    "teacher": {"tasks": {
+        "mmlu": task(rows=40, num_fewshot=5, acc=metric(0.6, 0.02)),
+        "mmlu_law": task(rows=20, num_fewshot=5, group="mmlu", acc=metric(0.5, 0.03)),
+        "piqa": task(acc=metric(0.8, 0.01), acc_norm=metric(0.0)),
+        "wikitext": task(word_perplexity=metric(20.0, more_is_better=False)),
+    }},
+    "student": {"tasks": {"piqa": task(acc=metric(0.6, 0.04), acc_norm=metric(0.1)), "mmlu": task(acc=metric(0.3)),
+                          "wikitext": task(word_perplexity=metric(25.0, more_is_better=False)), "arc": task(rows=None, acc=metric(0.5))}},
+}  # fmt: skip
+
+
+def test_tasks_are_told_metric_by_metric_side_by_side():
+    found = [(row.name, row.metric, row.rows, row.values, row.retained) for row in task_rows(TASKS)]
+    assert found == [
+        ("mmlu (5-shot)", "acc", 40, ((0.6, 0.02), None, (0.3, None)), 0.5),
+        ("piqa", "acc", 10, ((0.8, 0.01), None, (0.6, 0.04)), pytest.approx(0.75)),
+        ("piqa", "acc_norm", 10, ((0.0, None), None, (0.1, None)), None),  # nothing to retain
+        ("wikitext", "word_perplexity", 10, ((20.0, None), None, (25.0, None)), None),  # less is better
+        ("arc", "acc", None, (None, None, (0.5, None)), None),
+    ]
+    assert task_rows(EVALS) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [({}, ""), ({"seq_length": 1024, "stride": 1024}, "windows of 1,024 tokens, no overlap"),
+     ({"seq_length": 1024, "stride": 256}, "windows of 1,024 tokens, one every 256")],
+)  # fmt: skip
+def test_how_texts_were_cut_is_told(entry, told):
+    assert windows_told({"teacher": {**EVALS["teacher"], **entry}, "student": EVALS["student"]}) == told
 
 
 def test_the_speed_is_told_where_it_was_measured():
