@@ -116,7 +116,7 @@ def judged(asked: Sequence[Request], tokens: int, ways: int) -> Iterator[engine.
 def end_tokens(folder: Path, tokenizer: Any) -> set[int]:
     """The tokens after which nothing follows: the tokenizer's, and those that the model in `folder` was made to stop at."""
     told = [read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json") if (folder / name).exists()]
-    own = next((ids for ids in told if ids is not None), [])
+    own: int | list[int] = next((ids for ids in told if ids is not None), [])
     return {int(tokenizer.eos_token_id), *(own if isinstance(own, list) else [own])}
 
 

@@ -58,19 +58,24 @@ def by_lm_eval(stories):
     return {kind: getattr(own, kind)(asked(kind, arguments), disable_tqdm=True) for kind, arguments in REQUESTS.items()}
 
 
-@pytest.fixture
-def jobs(alone, stories):
-    """What the same requests become: (job, its answer by a model on one rank), and the answers by kind of request."""
+def alone_at(world, folder):
+    """(job, its answer) of each job that REQUESTS become, and the answers by kind of request."""
     from minitron.evaluation.harness import ShardedLM
 
-    answers, record = answers_of(alone, stories), []
+    answers, record = answers_of(world, folder), []
 
     def ask(job):
         record.append((job, answers(job)))
         return record[-1][1]
 
-    lm = ShardedLM(ask, load_tokenizer(str(stories)), LENGTH)
+    lm = ShardedLM(ask, load_tokenizer(str(folder)), LENGTH)
     return record, {kind: getattr(lm, kind)(asked(kind, arguments)) for kind, arguments in REQUESTS.items()}
+
+
+@pytest.fixture(scope="module")
+def jobs(stories):
+    """What `alone_at` gives by a model on one rank."""
+    return on_ranks(alone_at, Layout(), stories)[0]
 
 
 def test_every_kind_of_request_is_answered_as_by_lm_evals_own_backend(jobs, by_lm_eval):
