@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -191,16 +192,21 @@ def like_lm_eval() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block neither lm-eval nor datasets draws bars: this project shows how far a work has come by itself."""
+    """Inside the block neither lm-eval nor datasets draws bars, as this project shows by itself how far a work has come, and lm-eval says nothing of
+    settings that its own tasks leave out."""
     import datasets
     import lm_eval.api.task
 
     shown, bar = datasets.is_progress_bar_enabled(), lm_eval.api.task.tqdm
+    logger = logging.getLogger(PACKAGE)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: items  # it asks nobody whether to draw one
     try:
         yield
     finally:
         lm_eval.api.task.tqdm = bar
+        logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
