@@ -25,11 +25,21 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def test_data() -> Path:
+    """The folder that MINITRON_TEST_DATA names."""
+    return Path(os.environ.get("MINITRON_TEST_DATA") or ROOT.parent / "shared" / "data").resolve()
+
+
 def wikitext() -> list[str]:
     """The setting that adds WikiText-2's raw test split, where MINITRON_TEST_DATA has it."""
-    data = Path(os.environ.get("MINITRON_TEST_DATA") or ROOT.parent / "shared" / "data")
-    file = (data / "text" / "wikitext2_test.joined.txt").resolve()
+    file = test_data() / "text" / "wikitext2_test.joined.txt"
     return [f'eval.texts.wikitext2="{file}"'] if file.is_file() else []
+
+
+def hub() -> list[str]:
+    """The setting that names the data sets of benchmark tasks, where MINITRON_TEST_DATA has some."""
+    folder = test_data() / "hub"
+    return [f'eval.task_data="{folder}"'] if folder.is_dir() else []
 
 
 def machine() -> dict[str, Any]:

@@ -1,51 +1,34 @@
 """Benchmark tasks of lm-eval on SmolLM2-135M: this project's sharded model against lm-eval's own backend for `transformers`.
 
 The first rows of each task are asked of both; metrics and times stand side by side. The processes of the sharded side are torchrun's:
-`torchrun --nproc-per-node 3 benchmarks/tasks.py parallel.tp=3` (SmolLM2 has 9 query heads in 3 groups). The data sets come from the hub, or
-with eval.task_data from a folder. Settings are those of `minitron evaluate`.
+`torchrun --nproc-per-node 3 benchmarks/tasks.py parallel.tp=3` (SmolLM2 has 9 query heads in 3 groups). The data sets are those of
+MINITRON_TEST_DATA, or come from the hub. Settings are those of `minitron evaluate`.
 """
 
-import contextlib
 import os
-import sys
+import shutil
 import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, publish
-
-sys.path.insert(0, str(ROOT))
+from common import arguments, hub, publish
 
 from minitron import engine
 from minitron.config.compose import compose
 from minitron.data.tokenizing import load_tokenizer
-from minitron.evaluation.asking import Answers, conducted, end_tokens
+from minitron.errors import EXIT_REQUEST, RequestError, say_once
 from minitron.evaluation.tasks import Tasks, evaluate
 from minitron.session import Session, session
+from minitron.stages.evaluate import answer
 
 TASKS = "hellaswag,arc_easy,piqa"
 
 
-def sharded(opened: Session, tasks: Tasks | None) -> dict[str, Any]:
-    """The tasks' metrics of this project's model, on rank 0."""
-    cfg, world, folder = opened.cfg, opened.world, opened.source.folder
-    tokenizer = load_tokenizer(str(folder))
-    silent = lambda what, total: contextlib.nullcontext(lambda count=1: None)  # noqa: E731
-    answers = Answers(opened.load_source(), world, tokenizer, end_tokens(folder, tokenizer), cfg.eval.micro_batch_size * 1024, silent)
-
-    def conduct(ask: Any) -> dict[str, Any]:
-        from minitron.evaluation.harness import ShardedLM
-
-        assert tasks is not None
-        return evaluate(ShardedLM(ask, tokenizer, cfg.eval.max_length or opened.source.arch.max_position_embeddings), tasks, cfg.eval)
-
-    return conducted(world, answers, conduct) or {}
-
-
-def plain(opened: Session, tasks: Tasks) -> dict[str, Any]:
-    """The same by lm-eval's own backend, in this process alone."""
+def plain(opened: Session, tasks: Tasks | None) -> dict[str, Any]:
+    """What the tasks come to by lm-eval's own backend, in this process alone."""
+    assert tasks is not None
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
 
@@ -59,12 +42,13 @@ def plain(opened: Session, tasks: Tasks) -> dict[str, Any]:
 def compared(options: Namespace, overrides: list[str], scratch: str) -> tuple[list[tuple[Any, ...]], list[str]] | None:
     """Rows and notes of the table, on rank 0."""
     given = [f"eval.tasks=[{options.tasks}]", f"eval.limit={options.limit}", "eval.max_length=2048", f"run.dir={scratch}", "dtype=fp32"]
-    cfg = compose("evaluate", ["recipe=smollm2_135m_to_100m", *given, *overrides])
+    cfg = compose("evaluate", ["recipe=smollm2_135m_to_100m", "eval.seq_length=1024", *given, *hub(), *overrides])
     with session(cfg, "evaluate") as opened:
+        tasks = opened.tasks
         started = time.perf_counter()
-        ours = sharded(opened, opened.tasks)
+        ours = answer(opened.load_source(), "sharded", opened, opened.world)
         middle = time.perf_counter()
-        theirs = engine.main_only(opened.world, lambda: plain(opened, opened.__dict__["tasks"])) or {}
+        theirs = engine.main_only(opened.world, lambda: plain(opened, tasks)) or {}
         seconds = middle - started, time.perf_counter() - middle
         if not opened.world.is_main:
             return None
@@ -84,10 +68,15 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=200, help="rows of each task (default: 200)")
     parser.add_argument("settings", nargs="*", help="settings of minitron evaluate: parallel.tp=3 eval.task_data=FOLDER ...")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as own:
-        # one folder for all processes of torchrun
-        shared = Path(tempfile.gettempdir(), f"minitron-lm-eval-{os.environ['TORCHELASTIC_RUN_ID']}") if "TORCHELASTIC_RUN_ID" in os.environ else own
-        found = compared(options, options.settings, str(shared))
+    scratch = Path(tempfile.gettempdir(), f"minitron-tasks-{os.getppid()}")  # the parent of all processes is one torchrun
+    try:
+        found = compared(options, options.settings, str(scratch))
+    except RequestError as error:
+        say_once(str(error))
+        return EXIT_REQUEST
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(scratch, ignore_errors=True)
     if found is not None:
         columns = {"task": "<", "metric": "<", "rows": ",d", "sharded": ".4f", "lm-eval hf": ".4f", "stderr": ".4f", "difference": ".1e"}
         publish("Benchmark tasks: sharded model against lm-eval's own backend", columns, *found, options.json)
