@@ -49,13 +49,19 @@ def work(opened: Session) -> dict[str, Any]:
 
 def measure(model: engine.Model, name: str, opened: Session, world: engine.World) -> dict[str, Any]:
     """One model's entry of eval.json; `world` is its layout. The figures at its top are of held-out text of the training corpus."""
-    texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened, world) for text in opened.cfg.eval.texts}
-    held_out = score(model, "valid", f"{name} on held-out text", opened, world)
-    return {"params": model.arch.num_parameters(), **held_out, "texts": texts, "tasks": answer(model, name, opened, world)}
+    texts = {text: score(model, f"text_{text}", f"{name} on {text}", opened, world)[0] for text in opened.cfg.eval.texts}
+    held_out, speed = score(model, "valid", f"{name} on held-out text", opened, world)
+    return {
+        "params": model.arch.num_parameters(),
+        **held_out,
+        "tokens_per_second": speed,
+        "texts": texts,
+        "tasks": answer(model, name, opened, world),
+    }
 
 
-def score(model: engine.Model, split: str, description: str, opened: Session, world: engine.World) -> dict[str, Any]:
-    """Loss and perplexities on windows of a prepared text; the last, partial window is left out."""
+def score(model: engine.Model, split: str, description: str, opened: Session, world: engine.World) -> tuple[dict[str, Any], float]:
+    """Loss and perplexities on windows of a prepared text, of which the last, partial one is left out; tokens per second over all ranks."""
     cfg = opened.cfg
     from minitron.data.corpus import Windows, eval_batches
 
@@ -71,7 +77,7 @@ def score(model: engine.Model, split: str, description: str, opened: Session, wo
     with progress(description, len(windows), cfg.logging.progress and world.is_main) as advance, model.on_device():
         found = engine.language_model_score(model, stream, world, lambda count: advance(count * world.dp))
     words = engine.on_main(world, lambda: count_words(windows.predicted(), load_tokenizer(str(opened.source.folder))))
-    return {
+    figures = {
         "loss": found.loss,
         "perplexity": found.perplexity,
         "tokens": found.tokens,
@@ -79,8 +85,8 @@ def score(model: engine.Model, split: str, description: str, opened: Session, wo
         "words": words,
         "seq_length": seq_length,
         "stride": windows.stride,
-        "tokens_per_second": found.tokens_per_second,
     }
+    return figures, found.tokens_per_second
 
 
 def answer(model: engine.Model, name: str, opened: Session, world: engine.World) -> dict[str, Any]:
