@@ -1,7 +1,7 @@
 """Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
 
-This file, with cluster.py for SLURM, planning.py for plans and evaluation.py, is the only place where a default lives; the YAML files under `configs/`
-hold choices that differ from it.
+This file, with cluster.py for SLURM, planning.py for plans and evaluation.py, is the only place where a default lives; the YAML files under
+`configs/` hold choices that differ from it.
 `setting(default, "meaning", ...)` (setting.py) carries what `--help` prints and the simple checks.
 """
 
