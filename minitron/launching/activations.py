@@ -109,7 +109,7 @@ def block_bytes(arch: Arch, way: Pass) -> Block:
         "selective": (normed + around, inner),
         "full": (stream, normed + around + inner),
     }[way.recompute]
-    if way.recompute == "none" or (way.recompute == "selective" and arch.add_bias_linear):  # an MLP with biases is not made once more
+    if way.recompute == "none" or (way.recompute == "selective" and arch.mlp_bias):  # an MLP with biases is not made once more
         kept += mlp
     else:
         remade += mlp

@@ -240,7 +240,7 @@ def passes(blocks: Iterable[Arch], tp: int, seq_length: int, recompute: str = "n
     for block in blocks:
         whole, scores, mlp = block_flops(block, tp, seq_length)
         forward += whole
-        again += {"none": 0.0, "selective": scores + (0 if block.add_bias_linear else mlp), "full": whole}[recompute]
+        again += {"none": 0.0, "selective": scores + (0 if block.mlp_bias else mlp), "full": whole}[recompute]
     return forward, again
 
 

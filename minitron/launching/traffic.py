@@ -151,7 +151,7 @@ def pass_traffic(training: Training, arch: Arch, layout: Parallel, stage: int, w
     whole = tokens * arch.hidden_size * element  # the hidden states of a microbatch, of a context rank's sequence
     recompute = training.cfg.train.recompute if trains else "none"
     # products that are made once more: those that put their sum out, two of a block; `selective` leaves attention's alone
-    again = {"none": 0, "selective": 0 if arch.add_bias_linear else 1, "full": 2}[recompute] * len(blocks)
+    again = {"none": 0, "selective": 0 if arch.mlp_bias else 1, "full": 2}[recompute] * len(blocks)
     forward, back = 2 * len(blocks), 2 * len(blocks) * trains
     # the head's input is copied to (under sequence parallelism: gathered on) all tensor ranks, so its gradient is their sum
     if not layout.sp:
