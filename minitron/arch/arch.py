@@ -155,7 +155,7 @@ class Arch:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, the content of `arch.json`."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "sliding": list(self.sliding)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Arch":

@@ -185,7 +185,7 @@ class Lookout:
             line.close()
 
     def _hear(self, line: Any, ears: selectors.BaseSelector) -> None:
-        word = _read(line, 32)
+        word = _read(line, 32).partition("\n")[0]  # of several that came together, the first
         ears.unregister(line)
         rank = self._peers.pop(line)
         line.close()
@@ -196,7 +196,7 @@ class Lookout:
     def _tell(self, word: str) -> None:
         for line in [*self._peers]:
             with contextlib.suppress(OSError):
-                line.sendall(word.encode())
+                line.sendall(f"{word}\n".encode())
 
     def _say(self) -> None:
         if not self._said:
