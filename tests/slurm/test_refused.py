@@ -69,7 +69,7 @@ def other_version(cluster, tmp_path):
 
 
 def test_a_folder_that_is_not_shared_ends_the_job(other_folder, cluster, settings, tmp_path):
-    check_refused(cluster, settings, tmp_path / "run", f"run.dir={tmp_path}/run")
+    check_refused(cluster, settings, tmp_path / "run", f"run.dir={tmp_path}/run: ")
 
 
 def test_mixed_versions_end_the_job(other_version, cluster, settings, tmp_path):
