@@ -59,7 +59,7 @@ def test_targets_that_do_not_divide_over_the_ranks(target, parallel, said):
 
 def test_a_width_that_transformers_cannot_load_is_refused_before_any_work():
     biased = from_hf(config_of(**BIASES).to_dict(), "x")
-    with pytest.raises(RequestError, match="hidden_size=40: transformers loads"):
+    with pytest.raises(RequestError, match="hidden_size=40, num_attention_heads=6, num_query_groups=3: transformers loads no such llama model"):
         target_arch(biased, Target(hidden_size=40), Parallel())
     assert target_arch(biased, Target(hidden_size=42), Parallel()).hidden_size == 42
 
