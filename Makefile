@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 export MINITRON_TEST_DATA := $(abspath $(or $(MINITRON_TEST_DATA),../shared/data))
 WIKITEXT := $(wildcard $(MINITRON_TEST_DATA)/text/wikitext2_test.joined.txt)
 
-.PHONY: help install demo test test-slow test-gpu test-slurm lint check bench clean
+.PHONY: help install demo test test-slow test-long test-gpu test-slurm lint check bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -28,10 +28,13 @@ endif
 	$(BIN)/minitron compress recipe=$(RECIPE) $(if $(WIKITEXT),'eval.texts.wikitext2="$(WIKITEXT)"') $(ARGS)
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not long and not gpu and not slurm" $(PYTEST_ARGS)
 
 test-slow: install  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+	$(BIN)/python -m pytest -m "slow and not long and not gpu and not slurm" $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+
+test-long: install  ## the tests that take the longest, which CI goes without
+	$(BIN)/python -m pytest -m "long and not gpu and not slurm" $(PYTEST_ARGS)
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no GPU tests"; }

@@ -309,7 +309,7 @@ def test_killed_worker_is_one_line_and_the_same_command_continues(command: list[
     assert tokens_made(tmp_path / "run") == tokens_made(tmp_path / "unbroken")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_killed_at_twenty_moments_gives_what_an_unbroken_run_gives(command: list[str], tmp_path: Path) -> None:
     assert finished(command, tmp_path / "unbroken")[0] == 0
     oracle = contents(tmp_path / "unbroken" / "data")

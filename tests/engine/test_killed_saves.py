@@ -78,7 +78,7 @@ def test_killed_at_operations_over_a_whole_training(part, folder, unbroken, tmp_
 @pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("layout", "victim"), [(Layout(), 0), (Layout(dp=2), 0), (Layout(dp=2), 1)], ids=str)
+@pytest.mark.parametrize(("layout", "victim"), [(Layout(), 0), pytest.param(Layout(dp=2), 0, marks=pytest.mark.long), (Layout(dp=2), 1)], ids=str)
 def test_killed_at_every_operation_in_turn(layout, victim, folder, unbroken, tmp_path):
     numbers = range(1, unbroken(layout)[0][victim][3] + 1)
     starts = [go_on(tmp_path / str(number) / "run", folder, layout, Moment(PLACE, number, "rank", victim), unbroken) for number in numbers]

@@ -129,6 +129,7 @@ def run_with(criterion, root, text, settings):
     return found["teacher"]["loss"], found["pruned"]["loss"]
 
 
+@pytest.mark.long
 def test_activations_keep_more_than_weights_or_chance(book, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(book), encoding="utf-8")

@@ -160,7 +160,7 @@ MOMENTS = {  # in the order of the stages, so that each is still to come when th
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multirank
 @pytest.mark.timeout(1800)  # four minutes on two cores of its own
 def test_twenty_moments(settings, unbroken, tmp_path):
