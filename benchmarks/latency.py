@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch, engine.world(cfg.parallel, cfg.device, cfg.seed) as world:
         for arch in SHAPES:
-            spec = engine.pick_spec(cfg.spec, world)
+            spec = engine.pick_spec(cfg.spec, world, arch)
             predict = measured(SMOLLM2, cfg, world, spec, Path(scratch))
             assert predict is not None
             found = check(arch, predict([arch])[0], cfg, world, spec)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,9 +222,7 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
         check_ways(arch, pruned, target, cfg.calibrate.skip_lengths, cfg.calibrate.choices)
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
-    for reading in readings(cfg, verb) if arch.learned_positions else ():
-        if reading.seq_length > arch.max_position_embeddings:
-            raise refuse(reading.length, reading.seq_length, f"the model has learned {arch.max_position_embeddings} positions and has no others")
+    check_positions(arch, readings(cfg, verb), "the model")
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
@@ -278,11 +276,19 @@ def check_no_teacher(cfg: Config, verb: str) -> None:
 
 
 def check_teacher(cfg: Config, verb: str, student: Arch, teacher: Arch) -> None:
-    """A teacher must know the student's tokens and, where it is loaded, fit the layout."""
+    """A teacher must know the student's tokens and, where it is loaded, fit the layout and know the positions that are read."""
     if teacher.vocab_size != student.vocab_size:
         raise RequestError(f"teacher.path={cfg.teacher.path}: vocabulary of {teacher.vocab_size}, the student's is {student.vocab_size}")
     if loads_teacher(cfg, verb):
         check_teacher_layout(cfg, teacher, "the teacher's")
+        check_positions(teacher, (reading for reading in readings(cfg, verb) if reading.split != "calibration"), "the teacher")
+
+
+def check_positions(arch: Arch, found: Iterable[Reading], whose: str) -> None:
+    """Learned positions must be as many as are read at once: there are no others."""
+    for reading in found if arch.learned_positions else ():
+        if reading.seq_length > arch.max_position_embeddings:
+            raise refuse(reading.length, reading.seq_length, f"{whose} has learned {arch.max_position_embeddings} positions and has no others")
 
 
 def check_tokenizers(path: str, student: Path, teacher: Path) -> None:

@@ -23,6 +23,7 @@ from minitron.checks import (
     check_teacher,
     check_texts,
     check_tokenizers,
+    loads_teacher,
     remarks,
     searches,
     training_remarks,
@@ -165,7 +166,8 @@ class Session:
         """The benchmark tasks of eval.tasks with their data, on rank 0 alone; None where there are none. Asked for by every rank together."""
         if self.cfg.eval.tasks is None:
             return None
-        return engine.main_only(self.world, lambda: load_tasks(self.cfg.eval, self.source.arch.max_position_embeddings))
+        positions = min(source.arch.max_position_embeddings for source in (self.source, self.teacher_source))  # the teacher is asked as well
+        return engine.main_only(self.world, lambda: load_tasks(self.cfg.eval, positions))
 
     @property
     def cache_folder(self) -> Path:
@@ -206,7 +208,7 @@ class Session:
     def teacher(self) -> engine.Model:
         """The teacher, this rank's shard in `teacher_world`, without gradients; kept for the rest of the command."""
         world, source = self.teacher_world, self.teacher_source
-        model = load(source, world, self.dtype, self.spec())
+        model = load(source, world, self.dtype, self.spec(source.arch))
         model.requires_grad_(False)
         if self.cfg.teacher.offload and world.device.type == "cuda":
             model.offload(world.device)
@@ -233,10 +235,13 @@ class Session:
     def _load(self, folder: Path) -> engine.Model:
         return engine.load_model(folder, self.world, self.dtype, self.spec(), self.cfg.train.recompute)
 
-    def spec(self) -> str:
-        """The spec that models are trained and evaluated with. Raises RequestError where what is asked for can't be had."""
+    def spec(self, arch: Arch | None = None) -> str:
+        """The spec that models of this kind, that of the model to compress or of `arch`, are trained and evaluated with.
+
+        Raises RequestError where what is asked for can't be had.
+        """
         separate = self.cfg.data.separate_documents and (VERBS[self.verb].trains or self.verb == "cache")
-        return engine.pick_spec(self.cfg.spec, self.world, separate, self.source.arch.attention_softcap is not None)
+        return engine.pick_spec(self.cfg.spec, self.world, arch or self.source.arch, separate)
 
     def is_whole(self) -> bool:
         """Whether the folder is that of a model trained whole (`train`), not of a compression."""
@@ -347,6 +352,8 @@ def check_models(opened: Session) -> None:
             check_hidden(cfg, student, opened.teacher_source.arch)
     if cfg.spec == "transformer_engine" and ("teacher" in VERBS[opened.verb].groups or VERBS[opened.verb].trains):
         opened.spec()
+        if loads_teacher(cfg, opened.verb):
+            opened.spec(opened.teacher_source.arch)
 
 
 def student_archs(opened: Session) -> list[Arch]:

@@ -173,6 +173,19 @@ def test_the_model_must_fit_the_layout_where_it_is_loaded():
         check_teacher(taught, "distill", ARCH, ARCH)
 
 
+def test_learned_positions_of_either_model_must_be_enough():
+    learned, taught = ARCH.replace(position_offset=0, max_position_embeddings=24), {"teacher": {"path": "other"}}
+    longer = config({**taught, "calibrate": {"seq_length": 32}})
+    with pytest.raises(RequestError, match=r"^calibrate.seq_length=32: the model has learned 24 positions and has no others$"):
+        check_model(longer, "compress", learned)
+    check_teacher(longer, "compress", ARCH, learned)  # it is not calibrated
+    longer = config({**taught, "train": {"seq_length": 32}})
+    for verb in ("cache", "distill", "evaluate"):
+        with pytest.raises(RequestError, match=r"^train.seq_length=32: the teacher has learned 24 positions and has no others$"):
+            check_teacher(longer, verb, ARCH, learned)
+        check_teacher(longer, verb, learned, ARCH)
+
+
 @pytest.mark.parametrize(
     ("own", "said"),
     [

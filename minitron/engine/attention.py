@@ -45,7 +45,8 @@ def documents_mask(documents_BW: torch.Tensor, cp: int = 1, cp_rank: int = 0) ->
 
     Every position sees itself, so no row is empty. Positions are not counted anew in each document: rotary angles matter by their
     differences alone, and those inside a document are the same wherever it lies (scaled kinds of rope go by the length of the
-    whole window, as they do without documents).
+    whole window, as they do without documents). Learned positions (GPT-2, OPT) know no differences: with them a document is read at
+    the positions where it happens to lie, and not from the first one on.
     """
     whole_W = torch.arange(documents_BW.size(1), device=documents_BW.device)
     mine_S, documents_BS = sequence_part(whole_W, 0, cp, cp_rank), sequence_part(documents_BW, 1, cp, cp_rank)

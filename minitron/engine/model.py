@@ -130,6 +130,8 @@ def numbered(arch: Arch, world: World, module: Any, args: tuple[Any, ...], kwarg
     """What an embedding with learned positions is called with: the tokens of this context rank's part, and the rows of their positions."""
     tokens_BS = kwargs["input_ids"]
     whole_W = torch.arange(tokens_BS.size(1) * world.cp, device=tokens_BS.device) + (arch.position_offset or 0)
+    # what is read fits into the table, as checks.py sees to; the padding behind it, which nothing sees, may not
+    whole_W = whole_W.clamp(max=arch.position_rows - 1)
     return args, {**kwargs, "position_ids": sequence_part(whole_W, 0, world.cp, world.cp_rank).expand_as(tokens_BS)}
 
 

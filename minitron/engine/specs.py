@@ -203,9 +203,9 @@ def transformer_engine_spec(config: BlockConfigs, vp_stage: int | None) -> Trans
 SPECS = {"torch": torch_spec, "transformer_engine": transformer_engine_spec}
 
 
-def pick_spec(setting: str, world: World, separate_documents: bool = False, softcap: bool = False) -> str:
-    """The spec to train and evaluate with: `auto` takes Transformer Engine's where a GPU and the package are present and it can do what is asked.
-    `softcap`: attention's scores have one.
+def pick_spec(setting: str, world: World, arch: Arch, separate_documents: bool = False) -> str:
+    """The spec to train and evaluate a model with: `auto` takes Transformer Engine's where a GPU and the package are present and it can do what is
+    asked, of this model at this layout.
 
     Raises RequestError where Transformer Engine is asked for and can't be had. Calibration and pruning always use torch's.
     """
@@ -216,8 +216,10 @@ def pick_spec(setting: str, world: World, separate_documents: bool = False, soft
         reason = "the package transformer-engine is not installed"
     elif separate_documents:
         reason = "Transformer Engine's attention is not told of the documents of data.separate_documents=true"
-    elif softcap:
+    elif arch.attention_softcap is not None:
         reason = "Transformer Engine's attention has no softcap on its scores"
+    elif world.cp > 1 and arch.sliding_window is not None:
+        reason = "Transformer Engine's attention has no sliding window over context ranks"
     if setting == "transformer_engine" and reason is not None:
         raise refuse("spec", setting, f"{reason}; use auto or torch")
     return "torch" if setting == "torch" or reason is not None else "transformer_engine"

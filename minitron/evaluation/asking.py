@@ -97,6 +97,7 @@ def judged(asked: Sequence[Request], tokens: int, ways: int) -> Iterator[engine.
     """All requests in microbatches `by_length`; one sequence for all of those that the model would read the same of."""
     same: dict[bytes, list[int]] = {}
     for number, request in enumerate(asked):
+        assert request.ending < len(request.tokens), "a token is predicted from those before it"
         if request.ending:
             same.setdefault(np.asarray(request.tokens[:-1], dtype=np.int32).tobytes(), []).append(number)
     shared = [*same.values()]

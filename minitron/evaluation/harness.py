@@ -49,7 +49,8 @@ class ShardedLM(TemplateLM):
             raise refuse("eval.max_length", self.max_length, f"an ending of {longest} tokens is asked about")
         if not requests:
             return []
-        asked = [Request([*context, *ending][-self.max_length - 1 :], len(ending)) for _, context, ending in requests]
+        # a context may be text and yet no token: blanks, to some tokenizers
+        asked = [Request([*(context or [self.prefix_token_id]), *ending][-self.max_length - 1 :], len(ending)) for _, context, ending in requests]
         return list(self.ask(Judge.of(asked)))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:

@@ -4,15 +4,15 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from minitron.reporting.report import loss_told, model_name
-from minitron.reporting.results import Evals, rows
+from minitron.reporting.results import Evals, Row, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles
-from minitron.reporting.wording import ABSENT, changes, counted, decimal, percent, ratio, size
+from minitron.reporting.wording import ABSENT, changes, counted, decimal, measurement, percent, ratio, size
 
 CARD, SETTINGS = "README.md", "minitron_config.json"
 PAPERS = "[Minitron](https://arxiv.org/abs/2407.14679)"
@@ -115,16 +115,35 @@ def training(run: RunFiles, made: Made) -> dict[str, str]:
 
 
 def evaluation(made: Made) -> list[str]:
-    """Every model on every text."""
+    """Every model on every text, and on every task."""
     if not made.evals:
         return ["## Evaluation", "This model was not evaluated before it was exported."]
-    lines = []
-    for row in rows(made.evals):
-        gap = "" if row.gap_closed is None else percent(row.gap_closed)
-        lines.append((cell(row.text), row.model, size(row.parameters), decimal(row.loss, 3), decimal(row.perplexity), gap))
-    headings = ("text", "model", "parameters", "loss", "perplexity", "gap closed")
-    closed = "Losses in nats per token. Gap closed: how much of the loss that pruning added was taken back."
-    return ["## Evaluation", table(headings, lines), closed]
+    found = rows(made.evals)
+    columns: dict[str, Callable[[Row], str]] = {
+        "text": lambda row: cell(row.text),
+        "model": lambda row: row.model,
+        "parameters": lambda row: size(row.parameters),
+        "loss": lambda row: decimal(row.loss, 3),
+        "perplexity": lambda row: decimal(row.perplexity),
+        "word perplexity": lambda row: decimal(row.word_perplexity),
+        "gap closed": lambda row: "" if row.gap_closed is None else percent(row.gap_closed),
+    }
+    if all(row.word_perplexity is None for row in found):
+        del columns["word perplexity"]
+    told = "Losses in nats per token. Gap closed: how much of the loss that pruning added was taken back."
+    return ["## Evaluation", table([*columns], [[write(row) for write in columns.values()] for row in found]), told, *tasks(made.evals)]
+
+
+def tasks(evals: Evals) -> list[str]:
+    """Every metric of every benchmark task, the models side by side; nothing where there was none."""
+    lines = [
+        (cell(row.name), cell(row.metric), ABSENT if row.rows is None else f"{row.rows:,}", *map(measurement, row.values), percent(row.retained))
+        for row in task_rows(evals)
+    ]
+    if not lines:
+        return []
+    told = "Tasks of lm-eval, with standard errors. Retained: the last model's value as a fraction of the first one's, where more is better."
+    return [table(("task", "metric", "questions", *models_of(evals), "retained"), lines), told]
 
 
 def terms(made: Made) -> list[str]:

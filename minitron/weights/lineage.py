@@ -19,7 +19,8 @@ def notices(folder: Path) -> list[Path]:
 
 
 def carried(folder: Path) -> dict[str, Any]:
-    """The front matter that what is made of a model takes over from it: `base_model`, where it has a name on the hub, and CARRIED.
+    """The front matter that what is made of a model takes over from it: CARRIED, and as `base_model` its name on the hub or, of
+    one that was made here, what it was made of; without either there is none.
 
     A licence that lies there without being named is `other`, with a link to the file; where there is none, nothing is said.
     """
@@ -27,7 +28,9 @@ def carried(folder: Path) -> dict[str, Any]:
     found = {key: front[key] for key in CARRIED if _is_text(front.get(key))}
     if "license" not in found and (texts := [file.name for file in notices(folder) if not file.name.startswith("NOTICE")]):
         found |= {"license": "other", "license_link": texts[0]}
-    base = hub_id(folder) or front.get("base_model")  # a model that was made here says what it was made of
+    tags = front.get("tags")
+    made_here = isinstance(tags, list) and "minitron" in tags  # it says what it was cut from; others', what they were fine-tuned from
+    base = hub_id(folder) or (front.get("base_model") if made_here else None)
     return found if not _is_text(base) else {"base_model": base, **found}
 
 

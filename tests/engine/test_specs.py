@@ -7,26 +7,53 @@ import pytest
 import torch
 
 from minitron.arch.axes import PARAMETERS
+from minitron.arch.families import from_hf
+from minitron.config.schema import Config
 from minitron.engine.specs import pick_spec
 from minitron.errors import RequestError
+from minitron.session import Session
+from tests.oracles.models import config_of
+
+LLAMA = from_hf(config_of().to_dict(), "x")
 
 
-def test_separate_documents_take_torch_s_modules(monkeypatch):
-    """On a machine that has all that Transformer Engine needs."""
+def rank(cp=1):
+    return SimpleNamespace(device=torch.device("cuda"), cp=cp)
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """A machine that has all that Transformer Engine needs."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    world = SimpleNamespace(device=torch.device("cuda"))
-    assert pick_spec("auto", world) == pick_spec("transformer_engine", world) == "transformer_engine"
-    assert pick_spec("auto", world, separate_documents=True) == "torch"
+
+
+def test_separate_documents_take_torch_s_modules(everything):
+    assert pick_spec("auto", rank(), LLAMA) == pick_spec("transformer_engine", rank(), LLAMA) == "transformer_engine"
+    assert pick_spec("auto", rank(), LLAMA, separate_documents=True) == "torch"
     with pytest.raises(RequestError, match=r"^spec=transformer_engine: Transformer Engine's attention is not told of .*; use auto or torch$"):
-        pick_spec("transformer_engine", world, separate_documents=True)
+        pick_spec("transformer_engine", rank(), LLAMA, separate_documents=True)
 
 
-def test_softcaps_of_scores_take_torch_s_modules(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    world = SimpleNamespace(device=torch.device("cuda"))
-    assert pick_spec("auto", world, softcap=True) == "torch"
-    with pytest.raises(RequestError, match=r"^spec=transformer_engine: .* has no softcap on its scores; use auto or torch$"):
-        pick_spec("transformer_engine", world, softcap=True)
+@pytest.mark.parametrize(
+    ("kind", "cp", "said"),
+    [
+        ({"attention_softcap": 2.0}, 1, "softcap on its scores"),
+        ({"sliding_window": 7}, 2, "sliding window over context ranks"),
+    ],
+    ids=["softcap", "window"],
+)
+def test_what_transformer_engine_s_attention_lacks_takes_torch_s_modules(kind, cp, said, everything):
+    arch = LLAMA.replace(**kind)
+    assert pick_spec("auto", rank(cp), LLAMA) == "transformer_engine" and pick_spec("auto", rank(cp), arch) == "torch"
+    with pytest.raises(RequestError, match=rf"^spec=transformer_engine: Transformer Engine's attention has no {said}; use auto or torch$"):
+        pick_spec("transformer_engine", rank(cp), arch)
+    assert pick_spec("auto", rank(), LLAMA.replace(sliding_window=7)) == "transformer_engine"
+
+
+def test_a_teacher_s_spec_is_of_its_own_kind(everything, tmp_path):
+    opened = Session(Config(), "distill", rank(), tmp_path)
+    opened.__dict__["source"] = SimpleNamespace(arch=LLAMA)
+    assert opened.spec() == "transformer_engine" and opened.spec(LLAMA.replace(attention_softcap=2.0)) == "torch"
 
 
 def test_names_inside_fused_modules_are_those_that_megatron_turns_into_plain_ones():

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from minitron import engine
 from minitron.data.tokenizing import load_tokenizer
 from minitron.errors import RequestError
 from minitron.evaluation.asking import Judge, Write, conducted, end_tokens, judged
 from minitron.evaluation.choices import Request
+from minitron.weights.load import load
+from minitron.weights.source import open_folder
 from tests.evaluation.answering import answers_of
 from tests.multirank.ranks import Layout, on_ranks
 
@@ -150,6 +153,31 @@ def test_what_cannot_be_asked_is_refused(stories):
     with pytest.raises(RequestError, match=r"eval.max_length=16: an ending of"):
         lm.loglikelihood(asked("loglikelihood", [("a", TALE)]))
     assert lm.loglikelihood([]) == lm.loglikelihood_rolling([]) == lm.generate_until([]) == []
+
+
+def test_a_context_without_a_token_is_what_a_text_begins_with(stories):
+    from minitron.evaluation.harness import ShardedLM
+
+    seen = []
+    lm = ShardedLM(lambda job: seen.append(job) or [(0.0, True)] * len(job.lengths), load_tokenizer(str(stories)), 4)
+    lm._loglikelihood_tokens([((" ", "a"), [], [7, 8]), (("", "a"), [], [5, 6, 7, 8]), (("b", "a"), [9], [7])])
+    assert [one.tokens.tolist() for one in seen[0].requests()] == [[lm.prefix_token_id, 7, 8], [lm.prefix_token_id, 5, 6, 7, 8], [9, 7]]
+    with pytest.raises(AssertionError, match="predicted from those before it"):
+        [*judged([Request([7, 8], 2)], 64, 1)]
+
+
+def test_padding_may_run_past_learned_positions(alone, tmp_path):
+    """The longest text that a GPT-2 of 40 positions reads is padded to 64; so is what it writes on from."""
+    torch.manual_seed(0)
+    own = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=40, n_embd=24, n_layer=2, n_head=3)).eval()
+    own.save_pretrained(tmp_path)
+    model = load(open_folder(tmp_path, "model.path"), alone, torch.float32)
+    text = torch.randint(0, 61, (41,)).tolist()
+    losses, _ = engine.judge(model, judged([Request(text, 40)], 64, 1), alone, 1)
+    with torch.no_grad():
+        logits = own(torch.tensor([text[:40]])).logits[0]
+    assert losses[0].item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:]), reduction="sum").item(), rel=1e-5)
+    assert engine.write_greedily(model, [text[:40]], alone, lambda *_: True, 64, 32) == [[logits[-1].argmax().item()]]
 
 
 def test_a_model_stops_where_it_was_made_to(tmp_path, stories):

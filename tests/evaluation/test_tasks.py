@@ -1,5 +1,6 @@
 """Tasks by name, their data from a folder, and what is made of lm-eval's results."""
 
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,3 +174,27 @@ def test_other_peoples_random_numbers_go_on_as_before():
     assert (random.random(), np.random.rand()) == expected
     with like_lm_eval():
         assert (random.random(), np.random.rand()) == drawn != expected
+
+
+def test_standard_errors_are_resampled_in_this_process_and_in_silence(folder, small, monkeypatch, capfd):
+    """Of a task whose metric has no formula for its error, answered by chance."""
+    import multiprocessing
+    import sys
+
+    from lm_eval.api.model import LM
+
+    class Chance(LM):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return [(random.random(), False) for _ in requests]
+
+        loglikelihood_rolling = generate_until = None
+
+    monkeypatch.setattr(multiprocessing, "Pool", None)  # whoever forks fails
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    written = {**OWN, "dataset_path": "some/set", "metric_list": [{"metric": "acc", "aggregation": "perplexity", "higher_is_better": True}]}
+    (folder / "yaml" / "own.yaml").write_text(yaml.safe_dump(written))
+    asked = settings(folder, ["own"])
+    found = tasks.evaluate(Chance(), load(asked, 64), asked)["own"]["metrics"]["acc"]
+    assert found["value"] < 1 and 0.05 < found["stderr"] < 0.5  # exp(-share) of five questions
+    assert capfd.readouterr() == ("", "")
+    assert "DISABLE_MULTIPROC" not in os.environ and "silent" not in sys.modules["lm_eval.api.metrics"].bootstrap_stderr.__name__

@@ -87,6 +87,27 @@ def test_a_reader_finds_what_was_done(run):
     assert "That of the original: llama3.1. Its terms: `LICENSE`, `NOTICE`." in text
 
 
+def test_a_reader_finds_perplexities_per_word_and_tasks(run):
+    def metric(value, stderr, more_is_better):
+        return {"value": value, "stderr": stderr, "higher_is_better": more_is_better}
+
+    def entry(shots, **metrics):
+        return {"metrics": metrics, "rows": 1838, "num_fewshot": shots, "group": None}
+
+    measured = {
+        "teacher": {"word_perplexity": 9.5, "tasks": {"a|b": entry(5, acc=metric(0.8, 0.01, True)), "wiki": entry(0, ppl=metric(20.0, None, False))}},
+        "student": {"tasks": {"a|b": entry(5, acc=metric(0.6, 0.02, True))}},
+    }
+    evals = {name: {**EVALS[name], **measured.get(name, {})} for name in EVALS}
+    found = table(model_card(run, dataclasses.replace(made(), evals=evals)), "Evaluation")
+    assert found[0] == ["text", "model", "parameters", "loss", "perplexity", "word perplexity", "gap closed"]
+    assert [row[5] for row in found[2:6]] == ["9.50", "–", "–", "–"]
+    assert found[6:] == [
+        ["task", "metric", "questions", "teacher", "pruned", "student", "retained"], ["---"] * 7,
+        ["a¦b (5-shot)", "acc", "1,838", "0.800 ±0.010", "–", "0.600 ±0.020", "75.0 %"], ["wiki", "ppl", "1,838", "20.00", "–", "–", "–"],
+    ]  # fmt: skip
+
+
 def test_the_command_makes_the_same_settings(run):
     text = model_card(run, made())
     shown = text.split("```sh\n")[1].split("\n```")[0].replace("\\\n", " ")

@@ -17,7 +17,14 @@ FRONT = "---\nlicense: llama3.1\nlicense_name: community\nlanguage:\n- en\n- de\
 
 def test_the_licence_that_a_readme_names(tmp_path):
     (tmp_path / "README.md").write_text(FRONT)
-    assert carried(tmp_path) == {"base_model": "a/b", "license": "llama3.1", "license_name": "community", "language": ["en", "de"]}
+    assert carried(tmp_path) == {"license": "llama3.1", "license_name": "community", "language": ["en", "de"]}
+
+
+@pytest.mark.parametrize(("tags", "made_here"), [("[minitron, pruning]", True), ("[llama]", False), ("minitron", False), ("7", False)])
+def test_what_a_model_was_made_of_is_told_by_one_that_was_made_here(tags, made_here, tmp_path):
+    """Another's `base_model` is what it was fine-tuned from, and not the model that is cut."""
+    (tmp_path / "README.md").write_text(f"---\nbase_model: a/b\ntags: {tags}\n---\n")
+    assert carried(tmp_path) == ({"base_model": "a/b"} if made_here else {})
 
 
 def test_a_licence_that_only_lies_there(tmp_path):
