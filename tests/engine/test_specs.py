@@ -8,10 +8,11 @@ import torch
 
 from minitron.arch.axes import PARAMETERS
 from minitron.arch.families import from_hf
+from minitron.config.build import build
 from minitron.config.schema import Config
 from minitron.engine.specs import pick_spec
 from minitron.errors import RequestError
-from minitron.session import Session
+from minitron.session import Session, check_models
 from tests.oracles.models import config_of
 
 LLAMA = from_hf(config_of().to_dict(), "x")
@@ -50,10 +51,18 @@ def test_what_transformer_engine_s_attention_lacks_takes_torch_s_modules(kind, c
     assert pick_spec("auto", rank(), LLAMA.replace(sliding_window=7)) == "transformer_engine"
 
 
-def test_a_teacher_s_spec_is_of_its_own_kind(everything, tmp_path):
-    opened = Session(Config(), "distill", rank(), tmp_path)
-    opened.__dict__["source"] = SimpleNamespace(arch=LLAMA)
-    assert opened.spec() == "transformer_engine" and opened.spec(LLAMA.replace(attention_softcap=2.0)) == "torch"
+def test_a_teacher_s_spec_is_of_its_own_kind(everything, monkeypatch, tmp_path):
+    monkeypatch.setattr("minitron.session.load", lambda source, world, dtype, spec: SimpleNamespace(spec=spec, requires_grad_=lambda needed: None))
+    monkeypatch.setattr("minitron.session.check_tokenizers", lambda *folders: None)
+    wanted = {"teacher": {"path": "other"}, "data": {"train": "t.txt"}, "target": {"hidden_size": 24}}
+    opened = Session(build(Config, wanted), "distill", rank(), tmp_path)
+    student, teacher = (SimpleNamespace(arch=arch, folder=tmp_path) for arch in (LLAMA, LLAMA.replace(attention_softcap=2.0)))
+    opened.__dict__ |= {"source": student, "teacher_source": teacher}
+    assert (opened.spec(), opened.teacher.spec) == ("transformer_engine", "torch")
+    check_models(opened)
+    opened.cfg = build(Config, {**wanted, "spec": "transformer_engine"})
+    with pytest.raises(RequestError, match="softcap"):
+        check_models(opened)
 
 
 def test_names_inside_fused_modules_are_those_that_megatron_turns_into_plain_ones():
