@@ -111,7 +111,7 @@ def test_settings_that_contradict_each_other(changes, said):
 
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >>"$FAKES/said"; fi',
-    "squeue": 'case "$*" in *%T) cat "$FAKES/state";; *) date +%Y-%m-%dT%H:%M:%S -d "+$(cat "$FAKES/left") seconds";; esac',
+    "squeue": 'echo "$*" >>"$FAKES/asked"; case "$*" in *%T) cat "$FAKES/state";; *) date +%Y-%m-%dT%H:%M:%S -d "+$(cat "$FAKES/left") seconds";; esac',
     # to the tasks, as SLURM would: those of this test
     "scancel": 'echo "scancel $*" >>"$FAKES/said"; for pid in $(cat "$FAKES/tasks"); do kill -USR1 "$pid"; done',
     "srun": 'while [ "$1" != bash ]; do echo "srun $1" >>"$FAKES/said"; shift; done; exec "$@"',
@@ -171,6 +171,7 @@ def test_the_ranks_get_every_setting_as_it_is(attempt):
 
 
 def test_an_array_gives_each_of_its_tasks_a_run(attempt, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     for number in range(3):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
         code, log, _ = attempt("exit 0", tasks=3)
@@ -248,6 +249,17 @@ def test_a_stop_reaches_the_ranks_and_only_the_time_limit_counts_as_an_attempt(a
         assert "scancel --signal=USR1 7" in said
         assert (code, requeued(said)) == (75, expected), log
         assert "was told to stop" in log
+
+
+def test_a_task_of_an_array_stops_and_queues_itself_alone(attempt, monkeypatch):
+    """The number of its last task is that of the whole array."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    code, log, said = attempt(STOPPED, tasks=3)
+    assert code == 75, log
+    assert [line for line in said if "srun" not in line] == ["scancel --signal=USR1 7_2", "requeue 7_2"]
+    asked = (attempt.fakes / "asked").read_text().splitlines()
+    assert asked == ["-h -j 7_2 -o %e", "-h -j 7_2 -o %T"]
 
 
 def test_a_node_that_does_not_share_the_folder_is_named(attempt):
