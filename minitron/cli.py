@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         if not error.said:
             say_once(str(error))
-        leave_word(str(error))
+        if not error.passing:
+            leave_word(str(error))
         return EXIT_REQUEST
     except Stopped as stopped:
         if not stopped.said:

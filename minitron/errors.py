@@ -1,15 +1,29 @@
 """What a user is told when something cannot be done. The command line turns these into exit codes."""
 
+from __future__ import annotations
+
 import os
 import sys
 
 EXIT_DONE, EXIT_DEFECT, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
 
 
+class Passing(str):
+    """The line of a fault that may be a node's or the network's."""
+
+
 class RequestError(Exception):
     """The request is wrong or can't be met here: one line that names the setting, its value and what is allowed (exit 2)."""
 
     said = False  # whether the user was told already
+    passing = False  # a node or the network may be at fault: the same request may go well another time
+
+    @classmethod
+    def of(cls, *lines: str) -> RequestError:
+        """One error of several lines, which may pass if each of them may."""
+        error = cls("\n".join(lines))
+        error.passing = all(isinstance(line, Passing) for line in lines)
+        return error
 
 
 class Stopped(Exception):

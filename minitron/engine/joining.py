@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from minitron.engine.meeting import Roll, host_name, located
 from minitron.engine.peers import Lookout, tells_of_loss, tells_of_silence
-from minitron.errors import EXIT_REQUEST, RequestError, first_line, say_once
+from minitron.errors import EXIT_REQUEST, Passing, RequestError, first_line, say_once
 
 # the groups that a run talks in: Megatron's name, ours
 KINDS = {
@@ -87,7 +87,7 @@ def in_time(minutes: float, lookout: Lookout) -> Iterator[Trial]:
     except RuntimeError as error:
         if tells_of_loss(error) or tells_of_silence(error):
             raise
-        raise RequestError(f"{host_name()} stands in {trial.at}: {first_line(error)}; {NETWORK}") from error
+        raise RequestError.of(Passing(f"{host_name()} stands in {trial.at}: {first_line(error)}; {NETWORK}")) from error
     finally:
         timer.cancel()
     begun.acquire()  # for good where the time is over: the other thread speaks
@@ -107,7 +107,7 @@ def give_up(roll: Roll, trial: Trial, lookout: Lookout) -> None:
 
 
 def judge(words: Sequence[str | None]) -> list[str]:
-    """What is wrong with the groups, a line each."""
+    """What is wrong with the groups, a line each: all of it may be a host's fault, or the network's."""
     found = [None if word is None else Standing(**json.loads(word)) for word in words]
     hosts = ["a host that is not heard of" if one is None else one.host for one in found]
     stuck = {rank: one.stands_in for rank, one in enumerate(found) if one is not None and one.stands_in}
@@ -117,4 +117,5 @@ def judge(words: Sequence[str | None]) -> list[str]:
         faults.append(f"{place} did not come about within parallel.start_minutes: {waiting} wait there; {NETWORK}")
     if silent := [rank for rank, one in enumerate(found) if one is None]:
         faults.append(f"nothing was heard of {located(silent, hosts)} while groups were made: see what they said")
-    return faults + list(dict.fromkeys(line for one in found if one is not None for line in one.wrong))
+    faults += dict.fromkeys(line for one in found if one is not None for line in one.wrong)
+    return [Passing(fault) for fault in faults]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron.errors import RequestError, refuse, say_once
+from minitron.errors import Passing, RequestError, refuse, say_once
 
 MEETING: list[tuple[Any, int, int]] = []  # of this process, once it has joined the others
 CALLS = itertools.count()  # of rolls in this process, one after another: the same on every rank
@@ -25,7 +25,9 @@ MOST_HOSTS = 8  # named in a line
 def pick_device(setting: str) -> torch.device:
     """`auto` takes this process's GPU where there is one; `cuda` without a GPU is refused."""
     if setting == "cuda" and not torch.cuda.is_available():
-        raise refuse("device", setting, "no GPU is visible to torch; use auto or cpu")
+        error = refuse("device", setting, "no GPU is visible to torch; use auto or cpu")
+        error.passing = True  # a node may have lost its own
+        raise error
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -66,9 +68,11 @@ class Roll:
         assert self.store is not None, "a process that is alone hears nothing"
         with _within_reach():
             if not self._there([topic], 60 * self.minutes + SLACK):
-                raise RequestError(
-                    f"nothing was heard of rank 0 within parallel.start_minutes={self.minutes:g}: it did not start, hangs or has ended; "
-                    "see what it said"
+                raise RequestError.of(
+                    Passing(
+                        f"nothing was heard of rank 0 within parallel.start_minutes={self.minutes:g}: it did not start, hangs or has ended; "
+                        "see what it said"
+                    )
                 )
             return self.store.get(topic).decode()
 
@@ -84,7 +88,10 @@ class Roll:
             return said
 
     def settle(self, topic: str, mine: str, judge: Callable[[list[str | None]], list[str]]) -> None:
-        """`call` for a decision: rank 0 says the faults that `judge` finds, a line each, and then all raise RequestError with them."""
+        """`call` for a decision: rank 0 says the faults that `judge` finds, a line each, and then all raise RequestError with them.
+
+        Whether a fault is Passing goes along with its line.
+        """
 
         def answer(words: list[str | None]) -> str:
             try:
@@ -94,11 +101,11 @@ class Roll:
                 raise
             for fault in faults:
                 say_once(fault)
-            return json.dumps(faults)
+            return _dump(faults)
 
-        if faults := json.loads(self.call(topic, mine, answer)):
+        if faults := [Passing(line) if passes else line for line, passes in json.loads(self.call(topic, mine, answer))]:
             self._part(topic)
-            error = RequestError("\n".join(faults))
+            error = RequestError.of(*faults)
             error.said = True
             raise error
 
@@ -106,7 +113,7 @@ class Roll:
         """Instead of `settle`, by a rank that is about to end with an error of its own: the others are not to wait for it."""
         if self.store is not None:
             with contextlib.suppress(dist.DistError):
-                self.store.set(topic if self.rank == 0 else f"{topic}/{self.rank}", json.dumps([fault]) if self.rank == 0 else mine)
+                self.store.set(topic if self.rank == 0 else f"{topic}/{self.rank}", _dump([Passing(fault)]) if self.rank == 0 else mine)
 
     def _words(self, topic: str) -> list[str | None]:
         assert self.store is not None
@@ -141,6 +148,10 @@ def host_name() -> str:
     return socket.gethostname()
 
 
+def _dump(faults: list[str]) -> str:
+    return json.dumps([(fault, isinstance(fault, Passing)) for fault in faults])
+
+
 def _place() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
@@ -151,7 +162,8 @@ def _within_reach() -> Iterator[None]:
         yield
     except dist.DistError as error:
         first = str(error).strip().splitlines()[0]
-        raise RequestError(f"the place where the ranks meet, {_place()}, is not in reach of {host_name()} or is gone: {first}") from error
+        line = f"the place where the ranks meet, {_place()}, is not in reach of {host_name()} or is gone: {first}"
+        raise RequestError.of(Passing(line)) from error
 
 
 def located(ranks: Iterable[int], hosts: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def preflight(cfg: Config, verb: str, check: Callable[[], None]) -> Ready | None
         try:
             fill(mine, cfg, verb, check)
         except BaseException as error:
-            mine.faults.append(f"{type(error).__name__}: see what is said there")
+            mine.passing.append(f"{type(error).__name__}: see what is said there")
             roll.fail(TOPIC, mine.dump(), f"rank 0 on {mine.host} failed before the run began: see what it said")
             raise
         if rank and mine.leads:
@@ -107,7 +107,7 @@ def fill(card: Card, cfg: Config, verb: str, check: Callable[[], None]) -> None:
         import_engine()
         devices(card, engine.pick_device(cfg.device))
     except RequestError as error:
-        card.faults.append(str(error))
+        (card.passing if error.passing else card.faults).append(str(error))
     except ImportError as error:
         card.faults.append(unusable(error))
     several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]

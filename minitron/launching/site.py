@@ -48,6 +48,7 @@ class Card:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that are not the defaults, by full name
     faults: list[str] = dataclasses.field(default_factory=list)  # what it refuses by itself
+    passing: list[str] = dataclasses.field(default_factory=list)  # what is wrong with it, but may not be another time
     device: str = ""
     gpu: str = ""
     gpus: int = 0  # visible

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from minitron import engine
 from minitron.config.schema import Config
 from minitron.config.setting import flat
-from minitron.errors import shown
+from minitron.errors import Passing, shown
 from minitron.launching.memory import RankMemory
 from minitron.launching.site import Card
 
 TOO_MUCH, MUCH = 1.15, 0.9  # of what is there: an estimate, which may miss by this much, beyond which a run is refused; from which it is remarked on
 GB = 10**9
 UNHEARD = "a host that is not heard of"
+KINDS_OF_REFUSAL: tuple[tuple[type[str], Callable[[Card], list[str]]], ...] = ((str, lambda card: card.faults), (Passing, lambda card: card.passing))
 
 
 class Needs(NamedTuple):
@@ -84,7 +85,7 @@ class Heard:
 
 
 def faults(heard: Heard) -> list[str]:
-    """Everything that the run can't begin with."""
+    """Everything that the run can't begin with: Passing where a node may be at fault rather than the request."""
     return [line for check in CHECKS for line in check(heard)]
 
 
@@ -95,14 +96,15 @@ def missing(heard: Heard) -> Iterator[str]:
         unheard = sorted({*heard.nodes} - {card.host for card in heard.there.values()})
         on = f" ({', '.join(unheard)} among the hosts of the job)" if unheard else ""
         minutes = f"parallel.start_minutes={heard.cfg.parallel.start_minutes:g}"
-        yield f"nothing was heard of {engine.spans(silent)}{on} within {minutes}: they did not start, hang or have ended; see what they said"
+        yield Passing(f"nothing was heard of {engine.spans(silent)}{on} within {minutes}: they did not start, hang or have ended; see what they said")
 
 
 def refusals(heard: Heard) -> Iterator[str]:
     """What ranks refuse by themselves: said without names where all of them do."""
-    for line in dict.fromkeys(line for card in heard.there.values() for line in card.faults):
-        ranks = [rank for rank, card in heard.there.items() if line in card.faults]
-        yield line if len(ranks) == len(heard.cards) else f"{line} [on {heard.where(ranks)}]"
+    for kind, of in KINDS_OF_REFUSAL:
+        for line in dict.fromkeys(line for card in heard.there.values() for line in of(card)):
+            ranks = [rank for rank, card in heard.there.items() if line in of(card)]
+            yield kind(line if len(ranks) == len(heard.cards) else f"{line} [on {heard.where(ranks)}]")
 
 
 def versions(heard: Heard) -> Iterator[str]:
@@ -128,17 +130,17 @@ def devices(heard: Heard) -> Iterator[str]:
     """A GPU for each rank, or none for any."""
     known = [rank for rank, card in heard.there.items() if card.device]
     if parts := heard.differing(lambda card: card.device, known):
-        yield f"device={heard.cfg.device} differs: {parts}; device=cpu takes CPUs everywhere"
+        yield Passing(f"device={heard.cfg.device} differs: {parts}; device=cpu takes CPUs everywhere")
     for name, ranks in heard.by_host.items():
         first = heard.there[ranks[0]]
         if first.device == "cuda" and first.gpus < len(ranks):
             gpus = f"{first.gpus} visible GPU{'s' * (first.gpus != 1)}"
-            yield f"{name} has {gpus} for {engine.spans(ranks)}: one each is needed (see CUDA_VISIBLE_DEVICES)"
+            yield Passing(f"{name} has {gpus} for {engine.spans(ranks)}: one each is needed (see CUDA_VISIBLE_DEVICES)")
 
 
 def files(heard: Heard) -> Iterator[str]:
     """Models and texts that are not the same everywhere; that they are there, each host says itself."""
-    leaders = [rank for rank, card in heard.there.items() if card.leads and not card.faults]
+    leaders = [rank for rank, card in heard.there.items() if card.leads and not card.faults + card.passing]
     for setting in dict.fromkeys(name for rank in leaders for name in heard.there[rank].files):
         its: list[dict[str, str]] = [heard.there[rank].files.get(setting, {}) for rank in leaders]
         for file in sorted({name for one in its for name in one}):

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from minitron.config.schema import Parallel
 from minitron.engine import joining
 from minitron.engine.joining import KINDS, Standing, judge
-from minitron.errors import RequestError
+from minitron.engine.meeting import Roll
+from minitron.errors import Passing, RequestError
 from tests.multirank.ranks import Layout, each_rank, on_ranks
 from tests.stages.commands import running
 
@@ -37,7 +38,16 @@ def standing(host, *stands_in, wrong=()):
 )  # fmt: skip
 def test_what_rank_0_makes_of_where_ranks_stand(words, said):
     assert judge(words) == said
+    assert all(isinstance(line, Passing) for line in judge(words))
     assert Standing("a", "", []) == Standing(**{"host": "a", "stands_in": "", "wrong": []})
+
+
+@pytest.mark.parametrize(("faults", "passing"), [([Passing("a")], True), ([Passing("a"), "b"], False), (["b"], False)])
+def test_one_fault_that_lasts_makes_the_whole_last(faults, passing, capsys):
+    with pytest.raises(RequestError, match="\n".join(faults)) as refused:
+        Roll(1).settle("topic", "", lambda words: faults)
+    assert (refused.value.passing, refused.value.said) == (passing, True)
+    assert capsys.readouterr().err == "".join(f"minitron: {line}\n" for line in faults)
 
 
 def kinds_tried(world):
@@ -77,14 +87,14 @@ def joined_with_a_wrong_sum(layout):
         with world(Parallel(**layout), "cpu", 1):
             return None
     except RequestError as error:
-        return str(error), error.said
+        return str(error), error.said, error.passing
 
 
 @pytest.mark.multirank
 def test_a_wrong_sum_is_refused_on_all_ranks():
     sums = {"tp": "ranks [0, 1], gave 1 and not 3", "pp": "ranks [1, 3], gave 4 and not 6", "embd": "ranks [1, 3], gave 4 and not 6"}
     lines = [f"an all-reduce over its {KINDS[kind]} group, {wrong}" for kind, wrong in sums.items()]
-    assert each_rank(joined_with_a_wrong_sum, 4, {"tp": 2, "pp": 2}) == [("\n".join(lines), True)] * 4
+    assert each_rank(joined_with_a_wrong_sum, 4, {"tp": 2, "pp": 2}) == [("\n".join(lines), True, True)] * 4
 
 
 def stuck():

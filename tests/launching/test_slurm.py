@@ -111,7 +111,8 @@ def test_settings_that_contradict_each_other(changes, said):
 
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >>"$FAKES/said"; fi',
-    "squeue": 'echo "$*" >>"$FAKES/asked"; case "$*" in *%T) cat "$FAKES/state";; *) date +%Y-%m-%dT%H:%M:%S -d "+$(cat "$FAKES/left") seconds";; esac',
+    "squeue": """echo "$*" >>"$FAKES/asked"
+case "$*" in *%T) cat "$FAKES/state";; *) date +%Y-%m-%dT%H:%M:%S -d "+$(cat "$FAKES/left") seconds";; esac""",
     # to the tasks, as SLURM would: those of this test
     "scancel": 'echo "scancel $*" >>"$FAKES/said"; for pid in $(cat "$FAKES/tasks"); do kill -USR1 "$pid"; done',
     "srun": 'while [ "$1" != bash ]; do echo "srun $1" >>"$FAKES/said"; shift; done; exec "$@"',

@@ -8,7 +8,7 @@ import pytest
 from minitron.cli import main
 from minitron.config.build import build
 from minitron.config.cluster import Slurm
-from minitron.errors import RequestError
+from minitron.errors import Passing, RequestError
 from minitron.launching.cluster import Cluster, Partition, check_cluster, gpus_of
 from minitron.record import holds_others
 
@@ -158,6 +158,17 @@ def test_a_refusal_is_left_for_the_batch_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINITRON_REFUSAL", str(tmp_path / "refused"))
     assert main(["compress", "train.lr=0"]) == 2
     assert (tmp_path / "refused").read_text() == "train.lr=0.0: more than 0 is needed\n"
+
+
+def test_what_may_pass_leaves_no_word(tmp_path, monkeypatch, capsys):
+    def fails(words, flags):
+        raise RequestError.of(Passing("a node is silent"))
+
+    monkeypatch.setenv("MINITRON_REFUSAL", str(tmp_path / "refused"))
+    monkeypatch.setattr("minitron.cli.run", fails)
+    assert main(["compress"]) == 2
+    assert capsys.readouterr().err == "minitron: a node is silent\n"
+    assert not (tmp_path / "refused").exists()
 
 
 def test_settings_can_be_looked_at(capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from minitron import engine
 from minitron.config.schema import Config, Run
+from minitron.errors import Passing, RequestError
 from minitron.launching.memory import RankMemory
 from minitron.launching.site import Card
 from minitron.launching.verdict import Heard, Needs, faults, remarks
@@ -74,6 +75,25 @@ def test_ranks_that_agree_have_no_faults():
 )  # fmt: skip
 def test_each_fault_is_a_line(its, said):
     assert found(its) == said
+
+
+@pytest.mark.parametrize(
+    ("its", "passes"),
+    [
+        ([*cards("a"), None], [True]),
+        (changed(gpus("a", "b"), {2, 3}, device="cpu"), [True]),
+        (changed(gpus("a", "b"), {2, 3}, gpus=1), [True]),
+        (changed(cards("a", "b"), {2}, passing=["no GPU"]), [True]),
+        (changed(cards("a"), {0, 1}, passing=["no GPU"]), [True]),
+        (changed(cards("a"), {1}, faults=["train.lr=0"], passing=["no GPU"]), [False, True]),
+        (changed(cards("a", "b"), {2}, sees=False), [False]),
+        (changed(cards("a"), {1}, versions={**SAME, "torch": "2.8"}), [False]),
+    ],
+)  # fmt: skip
+def test_what_a_node_may_be_at_fault_for_may_pass(its, passes):
+    lines = found(its)
+    assert [isinstance(line, Passing) for line in lines] == passes
+    assert RequestError.of(*lines).passing == all(passes)
 
 
 def test_ranks_that_said_nothing_are_named_and_their_hosts_where_the_scheduler_knows_them():
