@@ -271,6 +271,30 @@ def test_a_node_that_does_not_share_the_folder_is_named(attempt):
     assert "cannot write there" in log
 
 
+def test_a_node_that_fails_before_the_ranks_start_costs_an_attempt(attempt):
+    (attempt.fakes / "srun").write_text("#!/bin/bash\nexit 143\n")
+    seen = [attempt("exit 0", {"retries": 1}) for _ in range(2)]
+    assert [(code, requeued(said)) for code, _, said in seen] == [(143, True), (143, False)]
+    assert "failed with 143" in seen[0][1]
+    assert not [*(attempt.run_dir / "slurm").glob("seen-*")]
+
+
+@pytest.mark.parametrize(("silent", "again"), [(3, True), (10**6, False)])
+def test_a_controller_that_does_not_answer_is_asked_again(attempt, silent, again):
+    """What squeue and scontrol are asked at the end is answered from some time on only."""
+    answered = f'[ "$(echo >>"$FAKES/turns"; wc -l <"$FAKES/turns")" -gt {silent} ] || exit 1\n'
+    for name in ("squeue", "scontrol"):
+        usual = FAKES[name]
+        (attempt.fakes / name).write_text(f'#!/bin/bash\ncase "$*" in *%T|*requeue*) {answered};; esac\n{usual}\n')
+    (attempt.fakes / "sleep").write_text("#!/bin/bash\n")
+    (attempt.fakes / "sleep").chmod(0o755)
+    code, log, said = attempt("exit 1")
+    assert (code, requeued(said)) == (1, again), log
+    assert ("SLURM does not answer: not queued again" in log) != again
+    assert "SLURM itself ends it" not in log
+    assert int((attempt.fakes / "turns").read_text().count("\n")) == (5 if again else 30)
+
+
 def test_the_script_by_hand_asks_for_a_verb_and_is_told_where_settings_are_wrong(attempt, tmp_path):
     usual = {**os.environ}
     assert "usage: sbatch" in subprocess.run(["bash", template()], capture_output=True, text=True, env=usual).stderr
