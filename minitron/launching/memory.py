@@ -56,17 +56,24 @@ class RankMemory:
     """The memory of the ranks of one pipeline stage, at the worst moment of a step: of those that hold most.
 
     `parts`: bytes on the device, by the names and in the order of PARTS. `host`: bytes beside it in host memory, where the device is a GPU:
-    a teacher that waits there, and the copy of a checkpoint that is written beside the training.
+    a teacher that waits there, and the copy of a checkpoint that is written beside the training. `copied`: that copy's part of `host`.
     """
 
     stage: int
     parts: dict[str, float]
     host: float = 0.0
+    copied: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
         return sum(self.parts.values())
+
+    @property
+    def without_copies(self) -> RankMemory:
+        """That of the ranks of another replica than the first, which alone copies checkpoints."""
+        parts = {name: size for name, size in self.parts.items() if name != "copies"}
+        return RankMemory(self.stage, parts, self.host - self.copied)
 
 
 def memory(student: Arch, teacher: Arch | None, cfg: Config, world_size: int, device: str | None = None) -> list[RankMemory]:
@@ -123,6 +130,14 @@ def held_parameters(arch: Arch, parallel: Parallel, stage: int) -> int:
 def chunk_layers(arch: Arch, parallel: Parallel, stage: int) -> list[range]:
     """The layers of each of a rank's virtual stages."""
     return stage_layers(arch.num_layers, parallel.pp * parallel.vpp)[stage :: parallel.pp]
+
+
+def communicators(parallel: Parallel, world_size: int) -> int:
+    """The groups of a layout, beside that of all ranks, that a rank of a GPU talks in."""
+    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
+    replicas = world_size // (tp * pp * cp)
+    first_and_last = 2 * (pp > 1)  # for a tied embedding, and for one of positions
+    return sum(size > 1 for size in (tp, pp, cp, replicas, replicas * cp, tp * pp)) + first_and_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +213,8 @@ class Rank:
         blocks, in_flight = self.in_flight()
         loss = self.scratch() + self.head_gradient() if self.is_last else 0.0
         weights, waiting = self.teacher_weights()
-        copies = self.copies()
         on_gpu = self.device == "cuda"
+        on_host, on_device = (self.copies(), 0.0) if on_gpu else (0.0, self.copies())
         parts = {
             "teacher": weights,
             "student": element * numbers,
@@ -210,10 +225,10 @@ class Rank:
             "loss": loss,
             "working": self.working(blocks, in_flight, waiting),
             "communication": self.communication(),
-            "copies": 0.0 if on_gpu else copies,
+            "copies": on_device,
             "runtime": CUDA_CONTEXT + CUBLAS_WORKSPACE if on_gpu else HOST_PROCESS,
         }
-        return RankMemory(self.stage, {name: float(parts[name]) for name in PARTS}, float(copies + waiting) if on_gpu else 0.0)
+        return RankMemory(self.stage, {name: float(parts[name]) for name in PARTS}, float(on_host + waiting), on_host)
 
     def teacher_weights(self) -> tuple[float, float]:
         """(bytes on the device through all of a step, bytes that are there for the teacher's passes alone)."""
@@ -311,9 +326,11 @@ class Rank:
 
     def communication(self) -> float:
         """Communicators of a GPU; and under sequence parallelism the buffer that the parts of a sequence are gathered in."""
-        parallel = self.cfg.parallel
+        parallel, teacher = self.cfg.parallel, self.cfg.teacher_parallel
         gathered = self.element * self.tokens * self.student.hidden_size if parallel.sp else 0
-        groups = sum(size > 1 for size in (parallel.tp, parallel.pp, parallel.cp, self.replicas, self.world_size))
+        groups = (self.world_size > 1) + communicators(parallel, self.world_size)
+        if self.teacher is not None and teacher != parallel:
+            groups += communicators(teacher, self.world_size)
         return gathered + (groups * NCCL_COMMUNICATOR if self.device == "cuda" else 0)
 
     def copies(self) -> float:

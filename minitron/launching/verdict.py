@@ -189,7 +189,11 @@ def loads(heard: Heard) -> Iterator[tuple[str, float]]:
     stages = heard.needs.memory
     if not stages or not all(card.device for card in heard.there.values()):
         return
-    needed = [stages[rank * len(stages) // len(heard.cards)] for rank in range(len(heard.cards))]  # a pipeline stage is a run of ranks
+    of_stage = len(heard.cards) // len(stages)  # a pipeline stage is a run of ranks, of which the first replica is the first tensor group
+    needed = [
+        stages[rank // of_stage] if rank % of_stage < heard.cfg.parallel.tp else stages[rank // of_stage].without_copies
+        for rank in range(len(heard.cards))
+    ]
     on_gpus = {rank for rank, card in heard.there.items() if card.device == "cuda" and card.device_bytes}
     if on_gpus:
         fullest = max(sorted(on_gpus), key=lambda rank: needed[rank].total / heard.there[rank].device_bytes)

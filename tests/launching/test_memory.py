@@ -15,7 +15,7 @@ from minitron.engine.parallel import beside
 from minitron.engine.schedule import run_chunk
 from minitron.errors import RequestError
 from minitron.launching.activations import Pass, block_bytes, most_in_flight, norm_bytes
-from minitron.launching.memory import PARTS, held_parameters, memory
+from minitron.launching.memory import NCCL_COMMUNICATOR, PARTS, held_parameters, memory
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.models import tokens_of
 from tests.oracles.resident import CASES, compared
@@ -163,6 +163,22 @@ def test_what_waits_in_host_memory_is_told_beside_that_of_the_gpu():
     assert on_cpu.host == 0
     assert on_cpu.parts["copies"] > 0
     assert on_cpu.parts["teacher"] == other.parts["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "groups"),
+    [
+        ("", 1, 0),
+        ("", 8, 3),  # all, replicas, with context ranks or without
+        ("parallel.tp=2 parallel.pp=2", 8, 8),  # all, tp, pp, replicas twice, model, first and last stage twice
+        ("parallel.cp=2", 8, 4),
+        ("parallel.tp=8", 8, 3),  # all, tp, model
+        ("parallel.tp=8 teacher.parallel.tp=4 teacher.parallel.pp=2", 8, 3 + 5),  # its tp, pp, model, first and last stage twice
+    ],
+)
+def test_every_group_of_a_gpu_has_its_buffers(overrides, ranks, groups):
+    found = said(overrides, ranks, device="cuda")
+    assert {rank.parts["communication"] for rank in found} == {groups * NCCL_COMMUNICATOR}
 
 
 def test_train_has_no_teacher():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from minitron import engine
-from minitron.config.schema import Config, Run
+from minitron.config.schema import Config, Parallel, Run
 from minitron.errors import Passing, RequestError
 from minitron.launching.memory import RankMemory
 from minitron.launching.site import Card
@@ -146,6 +146,24 @@ def test_the_ranks_of_a_host_share_its_memory():
     waiting = [dataclasses.replace(card, host_bytes=100 * 10**9) for card in gpus("a", "b")]
     assert faults(Heard(waiting, CFG, needs(40, 40, host=60))) == [
         "too little memory: the ranks of a take about 120.0 GB of host memory together, and there are 100.0"
+    ]
+
+
+def test_the_first_replica_alone_copies_checkpoints():
+    """One host of 8 replicas: their weights are 10 GB each, and the copy that one of them makes is 30."""
+    host = [dataclasses.replace(card, host_bytes=100 * 10**9) for card in cards("a") * 4]
+    on_cpus = Needs([RankMemory(0, {"student": 10e9, "copies": 30e9})])
+    assert faults(Heard(host, CFG, on_cpus)) == []  # 110
+    assert [*remarks(Heard(host, CFG, on_cpus))] == [
+        "memory may not be enough: the ranks of a take about 110.0 GB of host memory together (rank 0: copies 30.0, student 10.0), "
+        "and there are 100.0"
+    ]
+    on_gpus = Needs([RankMemory(0, {"student": 10e9}, host=40e9, copied=30e9)])
+    with_gpus = [dataclasses.replace(card, host_bytes=100 * 10**9) for card in gpus("a", gpus=8) * 4]
+    assert faults(Heard(with_gpus, CFG, on_gpus)) == []
+    tensor_ranks = dataclasses.replace(CFG, parallel=Parallel(tp=2))
+    assert faults(Heard(with_gpus, tensor_ranks, on_gpus)) == [
+        "too little memory: the ranks of a take about 140.0 GB of host memory together, and there are 100.0"
     ]
 
 
