@@ -26,9 +26,10 @@ from minitron.config.schema import Config
 from minitron.config.setting import flat
 from minitron.config.verbs import VERBS
 from minitron.errors import RequestError, say_once
-from minitron.files import read_json
+from minitron.files import os_errors_are_requests, read_json
 from minitron.launching.memory import BYTES, memory
 from minitron.launching.site import Card, answer, answer_in, devices, fingerprints, left_in, machine, unanswered, versions, withdraw
+from minitron.launching.storage import existing
 from minitron.launching.verdict import Heard, Needs, disk, faults, remarks
 from minitron.launching.verdict import memory as too_large
 from minitron.pruning.target import target_arch
@@ -80,14 +81,14 @@ def preflight(cfg: Config, verb: str, check: Callable[[], None]) -> Ready | None
             roll.tell(WORD, "" if mine.not_writable else name)
         try:
             fill(mine, cfg, verb, check)
+            if rank and mine.leads:
+                word = roll.hear(WORD)
+                left.callback(withdraw, answer(folder, word, rank))
+                answer_in(folder, word, rank, mine)
         except BaseException as error:
             mine.passing.append(f"{type(error).__name__}: see what is said there")
             roll.fail(TOPIC, mine.dump(), f"rank 0 on {mine.host} failed before the run began: see what it said")
             raise
-        if rank and mine.leads:
-            word = roll.hear(WORD)
-            left.callback(withdraw, answer(folder, word, rank))
-            answer_in(folder, word, rank, mine)
         roll.settle(TOPIC, mine.dump(), judge)
     return Ready(len(hosts), size, began)
 
@@ -134,9 +135,9 @@ def judge_alone(cfg: Config, verb: str) -> None:
     if VERBS[verb].trains:
         mine = Card(engine.host_name())
         devices(mine, engine.pick_device(cfg.device))
-        mine.disk_free = shutil.disk_usage(
-            next(path for path in (Path(cfg.run.dir).absolute(), *Path(cfg.run.dir).absolute().parents) if path.is_dir())
-        ).free
+        folder = existing(Path(cfg.run.dir).absolute())
+        with os_errors_are_requests("cannot look at", folder):
+            mine.disk_free = shutil.disk_usage(folder).free
         heard = Heard([mine], cfg, needs(cfg, verb, 1, mine.device))
         for line in (*too_large(heard), *disk(heard)):
             raise RequestError(line)
@@ -149,14 +150,14 @@ def needs(cfg: Config, verb: str, ranks: int, device: str | None) -> Needs:
     try:
         student, teacher = models(cfg, verb)
         held = memory(student, teacher, cfg, ranks, device) if student is not None else []
-    except RequestError:  # each rank says it itself
+        first = not any((Path(cfg.run.dir) / "checkpoints").glob("step_*"))
+    except (RequestError, OSError):  # each rank says it itself
         return Needs()
     if student is None:
         return Needs()
-    train, folder = cfg.train, Path(cfg.run.dir)
-    first = not any((folder / "checkpoints").glob("step_*"))
+    train = cfg.train
     copies = train.keep_last + 2 + (train.steps // train.keep_every if train.keep_every else 0)  # the best one, and the one that is written
-    checkpoint = (BYTES[cfg.dtype] + (12 if cfg.dtype == "bf16" else 8)) * count_parameters(student)
+    checkpoint = (BYTES[cfg.dtype] + 12) * count_parameters(student)  # fp32 weights and moments too, whatever dtype is
     return Needs(held, checkpoint if first else 0, copies)
 
 

@@ -214,9 +214,10 @@ def left_in(folder: Path, name: str, card: Card) -> Iterator[None]:
 
     The card says why, where it can't be written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
     try:
         try:
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             write(folder / name)
             card.disk_free = shutil.disk_usage(folder).free
@@ -234,8 +235,10 @@ def left_in(folder: Path, name: str, card: Card) -> Iterator[None]:
 
 def remove(folder: Path, name: str) -> None:
     """Take rank 0's file away, and the answers to it."""
-    for file in (folder / name, *folder.glob(f"{name}.*")):
-        withdraw(file)
+    withdraw(folder / name)
+    with contextlib.suppress(OSError):
+        for file in folder.glob(f"{name}.*"):
+            withdraw(file)
 
 
 def write(file: Path) -> None:
@@ -254,11 +257,11 @@ def unanswered(folder: Path, name: str, ranks: list[int]) -> list[int]:
 def answer_in(folder: Path, name: str, rank: int, card: Card) -> None:
     """Look for rank 0's file in run.dir, and leave an answer beside it. `name`: "" where rank 0 could leave none."""
     card.sees = seen(folder / name, time.monotonic() + TO_APPEAR) if name else None
-    if folder.is_dir():
-        try:
+    try:
+        if folder.is_dir():
             write(answer(folder, name, rank))
-        except OSError as error:
-            card.not_writable = error.strerror or str(error)
+    except OSError as error:
+        card.not_writable = error.strerror or str(error)
 
 
 def answer(folder: Path, name: str, rank: int) -> Path:

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 from minitron.errors import refuse
+from minitron.files import os_errors_are_requests
 
 OWN_DISKS = ("tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat")  # kinds that one machine has for itself
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(one for one in (folder, *folder.parents) if one.exists())
+    """The folder, or the nearest one above it that is there. Raises RequestError where one may not be searched."""
+    with os_errors_are_requests("cannot look for", folder):
+        return next(one for one in (folder, *folder.parents) if one.exists())
 
 
 def refuse_unwritable(folder: Path, setting: str = "run.dir") -> None:

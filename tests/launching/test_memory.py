@@ -14,6 +14,7 @@ from minitron.engine.model import skeleton
 from minitron.engine.parallel import beside
 from minitron.engine.schedule import run_chunk
 from minitron.errors import RequestError
+from minitron.launching import preflight
 from minitron.launching.activations import Pass, block_bytes, most_in_flight, norm_bytes
 from minitron.launching.memory import NCCL_COMMUNICATOR, PARTS, held_parameters, memory
 from tests.multirank.ranks import Layout, on_ranks
@@ -179,6 +180,13 @@ def test_what_waits_in_host_memory_is_told_beside_that_of_the_gpu():
 def test_every_group_of_a_gpu_has_its_buffers(overrides, ranks, groups):
     found = said(overrides, ranks, device="cuda")
     assert {rank.parts["communication"] for rank in found} == {groups * NCCL_COMMUNICATOR}
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 16), ("bf16", 14)])
+def test_a_checkpoint_holds_weights_and_the_whole_state_of_the_optimizer(dtype, each, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "models", lambda cfg, verb: (TINY, None))
+    cfg = compose("train", [f"run.dir={tmp_path}", "model.path=model", "data.train=text", f"dtype={dtype}"])
+    assert preflight.needs(cfg, "train", 1, "cpu").checkpoint == each * TINY.num_parameters()
 
 
 def test_train_has_no_teacher():

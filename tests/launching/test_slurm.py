@@ -3,6 +3,7 @@
 Its body runs here for real, in bash, with SLURM's commands replaced by a few lines each.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from minitron.config.cluster import Slurm
 from minitron.config.compose import compose
 from minitron.config.overrides import written
 from minitron.errors import RequestError
+from minitron.launching.preflight import judge_alone
+from minitron.launching.site import Card, answer_in, left_in
 from minitron.launching.slurm import Job, Task, options, quoted, script, template
 from minitron.launching.storage import own_disk, refuse_unwritable
 
@@ -327,3 +330,33 @@ def test_folders_that_cannot_be_written(tmp_path):
         refuse_unwritable(tmp_path / "file" / "run")
     refuse_unwritable(tmp_path / "not" / "yet")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """A folder below one that may not be searched, as the system says it even to root."""
+    folder = tmp_path / "closed" / "run"
+    for name in ("exists", "is_dir", "stat"):
+        usual = getattr(Path, name)
+
+        def look(path, *given, usual=usual, **more):
+            if path == folder:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return usual(path, *given, **more)
+
+        monkeypatch.setattr(Path, name, look)
+    return folder
+
+
+def test_folders_that_may_not_be_looked_for(closed, monkeypatch):
+    cfg = compose("train", [f"run.dir={closed}", "model.path=/m", "data.train=/t", "device=cpu"])
+    for look in (lambda: refuse_unwritable(closed), lambda: own_disk(closed, ""), lambda: judge_alone(cfg, "train")):
+        with pytest.raises(RequestError, match=rf"^cannot look for {closed}: Permission denied$"):
+            look()
+
+
+def test_ranks_note_a_folder_that_may_not_be_searched(closed):
+    first, other = Card("a"), Card("b")
+    with left_in(closed, ".start", first):
+        answer_in(closed, "", 1, other)
+    assert (first.not_writable, other.not_writable) == ("Permission denied", "Permission denied")
