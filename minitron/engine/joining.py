@@ -85,13 +85,19 @@ def in_time(minutes: float, lookout: Lookout) -> Iterator[Trial]:
     try:
         yield trial
     except RuntimeError as error:
-        if tells_of_loss(error) or tells_of_silence(error):
+        if tells_of_loss(error) or tells_of_silence(error) or not is_of_network(error):
             raise
         raise RequestError.of(Passing(f"{host_name()} stands in {trial.at}: {first_line(error)}; {NETWORK}")) from error
     finally:
         timer.cancel()
     begun.acquire()  # for good where the time is over: the other thread speaks
     roll.settle("groups", trial.standing(stuck=False), judge)
+
+
+def is_of_network(error: RuntimeError) -> bool:
+    """Whether what carries words between ranks failed; anything else that goes wrong is a defect."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl")))
 
 
 def give_up(roll: Roll, trial: Trial, lookout: Lookout) -> None:

@@ -44,7 +44,7 @@ class Roll:
     """The ranks of a run called up at the store where they meet: each says a word, rank 0 answers, all hear the answer.
 
     Made, and each topic called, by every rank in the same order. A process that is alone answers itself. Raises RequestError where the place
-    can't be reached, and on a rank that does not hear of rank 0 within `minutes`.
+    can't be reached, and on a rank that does not hear of rank 0, which itself waits for `minutes`.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -67,7 +67,8 @@ class Roll:
         """What rank 0 told."""
         assert self.store is not None, "a process that is alone hears nothing"
         with _within_reach():
-            if not self._there([topic], 60 * self.minutes + SLACK):
+            # rank 0 may begin to wait for words when this one has waited already, and its line is to be heard
+            if not self._there([topic], 2 * 60 * self.minutes + SLACK):
                 raise RequestError.of(
                     Passing(
                         f"nothing was heard of rank 0 within parallel.start_minutes={self.minutes:g}: it did not start, hangs or has ended; "

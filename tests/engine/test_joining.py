@@ -50,6 +50,41 @@ def test_one_fault_that_lasts_makes_the_whole_last(faults, passing, capsys):
     assert capsys.readouterr().err == "".join(f"minitron: {line}\n" for line in faults)
 
 
+def test_what_rank_0_says_is_waited_for_longer_than_rank_0_waits(monkeypatch):
+    waits = []
+    roll = Roll(3)
+    roll.store = dist.HashStore()
+    monkeypatch.setattr(roll, "_there", lambda keys, seconds: waits.append(seconds))
+    assert roll._words("topic") == [None]
+    with pytest.raises(RequestError, match="nothing was heard of rank 0") as refused:
+        roll.hear("topic")
+    assert refused.value.passing
+    assert waits[1] > 2 * waits[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "is_line"),
+    [
+        (2, dist.DistNetworkError("no address"), True),
+        (2, RuntimeError("[gloo/transport/tcp/device.cc:83] unable to find interface"), True),
+        (2, RuntimeError("NCCL error: unhandled system error"), True),
+        (2, RuntimeError("shapes differ"), False),
+        (1, RuntimeError("Gloo does not like it"), False),
+        (2, RuntimeError("gloo: Connection reset by peer"), False),  # another rank is gone
+    ],
+)
+def test_a_line_about_the_network_is_of_the_network(ranks, error, is_line, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(joining, "Roll", lambda minutes: None)
+    with pytest.raises(RequestError if is_line else RuntimeError) as raised, joining.in_time(1, None):
+        raise error
+    if is_line:
+        assert raised.value.passing
+        assert str(raised.value).endswith(f"stands in {joining.MEETING}: {error}; {joining.NETWORK}")
+    else:
+        assert raised.value is error
+
+
 def kinds_tried(world):
     """The groups that a trial goes through, with their ranks."""
     found, original = {}, joining.tried
