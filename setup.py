@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.8",
     "megatron-core>=0.16,<0.17",
     "psutil",  # megatron-core's checkpoint writer needs it without declaring it, and hangs where it is absent
     "numpy",
