@@ -53,7 +53,8 @@ def check_image() -> None:
 
     import amp_C  # noqa: F401 # isort: skip -- apex's kernels, which load after torch
 
-    wrong = out_of_range(requires("megatron-core") or (), {name: version(name) for name in ("torch", "transformer-engine")})
+    asked = [line for package in ("megatron-core", "minitron") for line in requires(package) or ()]
+    wrong = out_of_range(asked, {name: version(name) for name in ("torch", "transformer-engine")})
     assert not wrong, "; ".join(wrong)
     assert not Path(torch.__file__).is_relative_to(sys.prefix), f"pip brought another torch: {torch.__file__}"
     release = re.search(r"release (\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)

@@ -320,8 +320,9 @@ class Session:
 @contextlib.contextmanager
 def session(cfg: Config, verb: str) -> Iterator[Session]:
     """Open a run: refuse what can't be done before any weight is read, start the processes, and keep the folder for this command until its end."""
-    ready = preflight(cfg, verb, lambda: check(cfg, verb))
-    with end_on_signal(verb), engine.world(cfg.parallel, cfg.device, cfg.seed) as here, contextlib.ExitStack() as held:
+    with end_on_signal(verb), contextlib.ExitStack() as held:
+        ready = preflight(cfg, verb, lambda: check(cfg, verb))
+        here = held.enter_context(engine.world(cfg.parallel, cfg.device, cfg.seed))
         opened = Session(cfg, verb, here, Path(cfg.run.dir))
         if here.is_main and ready is not None:
             say(str(ready))

@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from minitron.config.compose import compose
 from minitron.engine.checkpoint import Checkpoints
 from minitron.errors import RequestError, Stopped
-from minitron.session import STOPPING, end_on_signal, on_signal
+from minitron.session import STOPPING, end_on_signal, on_signal, session
 from tests.oracles.metrics import without_costs
 from tests.stages.commands import running, wait_until
 
@@ -240,6 +241,14 @@ def test_an_error_that_a_signal_leads_to_is_not_told(handlers):
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt as error:
             raise RequestError("cannot write pruned") from error
+
+
+def test_a_signal_before_ranks_have_joined_ends_the_command(handlers, monkeypatch, tmp_path):
+    monkeypatch.setattr("minitron.session.preflight", lambda *given: signal.raise_signal(signal.SIGTERM))
+    cfg = compose("data", [f"run.dir={tmp_path / 'run'}", "model.path=/m", "data.train=/t"])
+    with pytest.raises(Stopped, match=r"^stopped in data: the same command continues$"), session(cfg, "data"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_signal_nothing_is_changed(handlers):
