@@ -51,7 +51,8 @@ def run(words: list[str], flags: set[str]) -> int:
     own = {flag: verb for verb, entry in VERBS.items() for flag, _ in entry.flags}
     for flag in flags.difference(FLAGS):
         if flag not in own:
-            raise RequestError(f"{flag}: no such option; the options are {', '.join(FLAGS)}, everything else is SETTING=VALUE")
+            options = [*FLAGS, *(flag for flag, verb in own.items() if words[:1] == [verb])]
+            raise RequestError(f"{flag}: no such option; the options are {', '.join(options)}, everything else is SETTING=VALUE")
         if words[:1] != [own[flag]]:
             raise RequestError(f"{flag}: minitron {own[flag]} alone has this option")
     if "--version" in flags:

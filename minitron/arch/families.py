@@ -319,7 +319,7 @@ def _missing(config: Config) -> str:
         return f"; {experts}={config[experts]!r}: no row has experts"
     if isinstance(config.get("text_config"), dict):
         return f"; the text model in its text_config is {config['text_config'].get('model_type')!r}: only text models on their own are read"
-    return "; docs/architecture.md says how to add a row: it needs the config's keys, the tensors' names and what its layers compute otherwise"
+    return "; docs/guide.md (A family) says how to add a row: it needs the config's keys, the tensors' names and what its layers compute otherwise"
 
 
 def from_hf(config: Config, where: str) -> Arch:

@@ -42,7 +42,7 @@ class Slurm:
     modules: str | list[str] | None = setting(None, "environment modules to load")
     env: dict[str, int | float | bool | str | None] = setting({}, "environment variables of the ranks, as NAME: value")
     setup: str | list[str] | None = setting(None, "lines of shell that the script runs before it starts the ranks")
-    options: str | list[str] | None = setting(None, "further options of sbatch, one each, such as --constraint=h100")
+    options: str | list[str] | None = setting(None, "further options of sbatch, one each, such as 'slurm.options=[\"--constraint=h100\"]'")
     check: bool = setting(
         True, "look at all that the verb would refuse before queueing: false where models, texts or packages are only found on the nodes"
     )
@@ -52,6 +52,12 @@ class Slurm:
             raise refuse("slurm.time", self.time, "hours:minutes:seconds, days-hours[:minutes[:seconds]] or minutes are needed")
         if self.signal >= self.seconds:
             raise refuse("slurm.signal", self.signal, f"fewer seconds than slurm.time={self.time} are needed")
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise refuse("slurm.env", name, "a variable's name is needed: letters, digits and _")
+        for option in texts(self.options):
+            if not option.startswith("-"):
+                raise refuse("slurm.options", option, "an option of sbatch is needed, as '--constraint=h100'")
         if self.mounts and self.container is None:
             raise refuse("slurm.mounts", self.mounts, "slurm.container is needed with it")
 

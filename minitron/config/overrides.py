@@ -9,15 +9,16 @@ from minitron.config.schema import Config
 from minitron.config.verbs import reads
 
 BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_/][\w./-]*", re.IGNORECASE)
-OWN = ("run", "logging")  # where a run lies and what it tells: not what it makes
+# where a run lies, what it tells, how its processes share the work: not what it makes
+OWN = ("run.", "logging.", "parallel.", "teacher.parallel.", "slurm.")
 
 
 def overrides(cfg: Config, verb: str) -> list[str]:
-    """SETTING=VALUE of all that differs from the defaults and that a verb reads, but for where the run lies, in the schema's order."""
+    """SETTING=VALUE of all that differs from the defaults and that a verb reads, but for where and how the run is done, in the schema's order."""
     found = []
     for one in settings():
         value = value_at(cfg, one.name)
-        if value != one.default and one.name.split(".")[0] not in OWN and reads(verb, one.name):
+        if value != one.default and not one.name.startswith(OWN) and reads(verb, one.name):
             found += [f"{name}={written(item)}" for name, item in _named(one.name, value)]
     return found
 

@@ -89,21 +89,27 @@ def options(job: Job) -> list[str]:
         "time": slurm.time,
         "signal": f"B:USR1@{slurm.signal}",
         "array": job.is_array and f"0-{len(job.tasks) - 1}" + (f"%{slurm.array_limit}" if slurm.array_limit else ""),
-        "chdir": quoted(str(job.here)),
-        "output": quoted(str(job.log.parent).replace("%", "%%") + f"/{job.log.name}"),
+        "chdir": job.here,
+        "output": str(job.log.parent).replace("%", "%%") + f"/{job.log.name}",
     }
     return [
-        *(f"--{name}={value}" for name, value in named.items() if value),
+        *(f"--{name}={quoted(str(value))}" for name, value in named.items() if value),
         *(["--exclusive"] if slurm.exclusive else []),
         "--requeue" if slurm.requeue else "--no-requeue",
         "--open-mode=append",
-        *texts(slurm.options),
+        *map(option, texts(slurm.options)),
     ]
+
+
+def option(text: str) -> str:
+    """A further option as it was given, its value quoted where that is needed."""
+    name, sign, value = text.partition("=")
+    return name + sign + (quoted(value) if value else "")
 
 
 def quoted(text: str) -> str:
     """A value in a line of sbatch options, which takes double quotes alone."""
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return text if re.fullmatch(r"[\w@%+=:,./\[\]-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def settings_of(job: Job) -> list[str]:

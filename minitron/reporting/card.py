@@ -157,12 +157,15 @@ def again(run: RunFiles, made: Made) -> list[str]:
     """The command that makes it again."""
     step = "" if made.step is None else f" The exported checkpoint is that of step {made.step:,}."
     text = f"minitron {made.version}; `{SETTINGS}` holds every setting, and fingerprints of what they name.{step}"
+    if made.step is None:
+        text += " The model was not retrained: `minitron export` with the same settings writes it after this command."
     return ["## Again", text, fenced("sh", " \\\n    ".join(map(shlex.quote, command(run, made))))]
 
 
 def command(run: RunFiles, made: Made) -> list[str]:
     """The words of the command line."""
-    return ["minitron", "train" if run.whole else "compress", "run.dir=runs/again", *made.overrides]
+    until = [] if run.whole or made.step is not None else ["run.until=prune"]
+    return ["minitron", "train" if run.whole else "compress", "run.dir=runs/again", *until, *made.overrides]
 
 
 def settings_file(run: RunFiles, made: Made) -> str:

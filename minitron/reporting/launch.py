@@ -56,7 +56,7 @@ def show_layouts(layouts: Launch, mine: Launch, count: int, console: Console) ->
     if kept:
         tables = (
             layouts_table(kept, mine, best, left_out)
-            for left_out in _narrower(("TFLOP/s per GPU", "bubble", "recompute", "tokens/day", "dp", "step"))
+            for left_out in _narrower(("TFLOP/s per GPU", "bubble", "tokens/day", "dp", "step", "recompute"))
         )
         console.print(fitting(tables, console))
     told = f"{counted(layouts['tried'], 'layout')} looked at, {len(layouts['fitting']):,} fit"

@@ -27,7 +27,7 @@ from minitron.reporting.sweep import write_sweep
 from minitron.stages import family
 from minitron.stages.compress import STAGES
 
-NEEDLESS = ("submit", "plan", "summary")  # verbs that there is no use in queueing
+NEEDLESS = ("plan", "summary")  # verbs that there is no use in queueing
 OURS = ("slurm", "run.dir")  # settings, and groups of them, that the script takes the place of
 
 
@@ -42,6 +42,8 @@ class Part:
 
 def run(verb: str, words: list[str], flags: Collection[str]) -> None:
     """Queue what is asked for, or print its scripts."""
+    if verb == "submit":
+        raise RequestError("minitron submit submit: the verb to queue is needed: minitron submit VERB [SETTING=VALUE ...]")
     if verb in NEEDLESS:
         raise RequestError(f"minitron submit {verb}: minitron {verb} itself does it at once, without a job")
     dry = "--dry-run" in flags
@@ -103,6 +105,8 @@ def steps(verb: str, part: Part) -> dict[str, tuple[Config, list[str]]]:
             found[name] = (stage_settings(part.cfg, words), [*part.words, *words])
         except (RequestError, ValueError) as error:  # ValueError: quotes that don't end
             raise RequestError(f"slurm.stages.{name}: {error}") from error
+    if len(found) == 1:  # would do all stages on what was meant for one
+        raise refuse("slurm.stages", texts, "two jobs at least are needed: the last one does all that is left, on nodes of its own")
     return found
 
 

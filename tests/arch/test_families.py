@@ -21,7 +21,7 @@ FEWEST = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 40, "n
     [
         (
             {"model_type": "bloom"},
-            "'bloom' is not supported; supported: gemma, .*qwen3; docs/architecture.md says how to add a row",
+            "'bloom' is not supported; supported: gemma, .*qwen3; docs/guide.md .A family. says how to add a row",
         ),
         (
             {"model_type": "mixtral", "num_local_experts": 8},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from minitron.config.build import settings as all_settings
 from minitron.config.build import value_at
 from minitron.config.compose import compose, parsed
-from minitron.config.overrides import overrides, written
+from minitron.config.overrides import OWN, overrides, written
 from minitron.config.schema import Config
 from minitron.config.verbs import reads
 
@@ -28,15 +28,15 @@ def test_a_value_is_read_back_with_its_kind(value):
 
 @pytest.mark.parametrize("recipe", ["llama31_8b_to_4b", "smollm2_135m_family"])
 def test_a_recipe_without_its_name(recipe):
-    """What a recipe makes is what its settings make one by one, but for where it lies."""
+    """What a recipe makes is what its settings make one by one, but for where it lies and how processes share the work."""
     verb = "family" if "family" in recipe else "compress"
     asked = ["data.train=my.jsonl", "run.dir=here", f"recipe={recipe}", "eval.texts.other=other text.txt"]
     composed = compose(verb, asked, complete=False)
     again = compose(verb, [*overrides(composed, verb), "run.dir=here"], complete=False)
-    names = [one.name for one in all_settings() if reads(verb, one.name) and not one.name.startswith(("run.", "logging."))]
+    names = [one.name for one in all_settings() if reads(verb, one.name) and not one.name.startswith(OWN)]
     assert {name: value_at(again, name) for name in names} == {name: value_at(composed, name) for name in names}
     assert value_at(again, "train.steps") != Config().train.steps
-    assert not any(text.startswith(("run.", "recipe", "logging.")) for text in overrides(composed, verb))
+    assert not any(text.startswith((*OWN, "recipe")) for text in overrides(composed, verb))
 
 
 def test_defaults_go_without_saying():

@@ -60,6 +60,7 @@ def test_bash_and_shellcheck_find_nothing_wrong(tmp_path, kind):
         ({}, 1, {"--nodes=1", "--gpus-per-node=8", "--exclusive", "--mem=0", "--requeue", "--time=04:00:00", "--signal=B:USR1@300"}, {"--partition"}),
         (SLURMS["of CPU ranks"], 1, {"--nodes=3", "--no-requeue"}, {"--gpus-per-node", "--exclusive", "--mem", "--requeue"}),
         (SLURMS["with options"], 1, {"--partition=gpu", "--account=me", "--qos=long", "--constraint=h100", "--exclude=n[1-3]"}, {"--array"}),
+        ({"options": ["--comment=two words", "--hold"]}, 1, {'--comment="two words"', "--hold"}, set()),
         ({"array_limit": 2, "job_name": "mine"}, 3, {"--array=0-2%2", "--job-name=mine"}, set()),
         ({"time": "1-12", "signal": 900, "cpus_per_node": 6}, 1, {"--time=1-12", "--signal=B:USR1@900", "--cpus-per-task=6"}, {"--array"}),
     ],

@@ -122,6 +122,7 @@ def test_the_command_makes_the_same_settings(run):
 
 def test_a_model_that_was_not_retrained_or_not_evaluated_says_so(run):
     text = model_card(run, dataclasses.replace(made(), step=None, evals=None, front={}, notices=[]))
+    assert "runs/again" in text and "run.until=prune" in text and "run.until" not in model_card(run, made())
     assert "It was not retrained" in text and "was not evaluated" in text and "names none" in text
     assert "Training" not in dict(row for row in table(text, "Lineage")[2:])
     assert ModelCard(text).data.to_dict()["tags"] == ["minitron", "pruning"]
