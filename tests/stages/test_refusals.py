@@ -320,7 +320,7 @@ def test_a_disk_without_room_for_a_checkpoint(refused, megabytes):
     assert "a checkpoint takes about" in refused(run=megabytes / "run")
 
 
-@pytest.mark.parametrize("megabytes", [2], indirect=True)
+@pytest.mark.parametrize("megabytes", [3], indirect=True)
 def test_a_disk_that_is_full_on_the_way(refused, megabytes):
     line = refused(run=megabytes / "run", lost_saves=True)
     assert "No space left on device" in line
