@@ -9,7 +9,15 @@ from tests.slurm.jobs import JOB, minitron, nothing_runs, results, submit
 pytestmark = pytest.mark.slurm
 RECIPES = ("smollm2_135m_to_100m", "smollm2_135m_to_106m_depth", "llama31_8b_to_4b")
 # what a recipe says of its own model and machines
-SMALL = ("parallel.tp=1", "parallel.pp=1", "train.steps=2", "train.warmup_steps=1", "target.num_layers=4", "calibrate.micro_batch_size=1")
+SMALL = (
+    "parallel.tp=1",
+    "parallel.pp=1",
+    "train.steps=2",
+    "train.warmup_steps=1",
+    "target.num_layers=4",
+    "calibrate.micro_batch_size=1",
+    "data.text_key=text",
+)
 
 
 def test_three_runs_and_one_table(cluster, settings, tmp_path):
