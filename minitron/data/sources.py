@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minitron.config.setting import MISSING
-from minitron.errors import RequestError, refuse
+from minitron.errors import RequestError, first_line, refuse
 from minitron.packages import PREFIX, resolve_package
 
 COMPRESSIONS = (".gz", ".zst", ".bz2")
@@ -283,8 +283,8 @@ def _hub(source: Source, keys: Keys, split: str, place: Place, revision: str = "
     except RequestError:
         raise
     except Exception as error:  # the hub's clients raise errors of half a dozen libraries: not found, offline, wrong split, wrong config, ...
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise refuse(source.setting, source.given, f"no such file or folder, and split {split} can't be read from the hub: {reason}") from error
+        reason = f"no such file or folder, and split {split} can't be read from the hub: {first_line(error)}"
+        raise refuse(source.setting, source.given, reason) from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minitron.errors import Passing, RequestError, refuse, say_once
+from minitron.errors import Passing, RequestError, first_line, refuse, say_once
 
 MEETING: list[tuple[Any, int, int]] = []  # of this process, once it has joined the others
 CALLS = itertools.count()  # of rolls in this process, one after another: the same on every rank
@@ -162,8 +162,7 @@ def _within_reach() -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:
-        first = str(error).strip().splitlines()[0]
-        line = f"the place where the ranks meet, {_place()}, is not in reach of {host_name()} or is gone: {first}"
+        line = f"the place where the ranks meet, {_place()}, is not in reach of {host_name()} or is gone: {first_line(error)}"
         raise RequestError.of(Passing(line)) from error
 
 

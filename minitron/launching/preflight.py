@@ -25,7 +25,7 @@ from minitron.config.layout import check_layout
 from minitron.config.schema import Config
 from minitron.config.setting import flat
 from minitron.config.verbs import VERBS
-from minitron.errors import RequestError, say_once
+from minitron.errors import RequestError, first_line, say_once
 from minitron.files import os_errors_are_requests, read_json
 from minitron.launching.memory import BYTES, memory
 from minitron.launching.site import Card, answer, answer_in, devices, fingerprints, left_in, machine, unanswered, versions, withdraw
@@ -126,8 +126,7 @@ def import_engine() -> None:
 
 def unusable(error: BaseException) -> str:
     """One line on software that is not there, or not whole."""
-    said = next(iter(str(error).strip().splitlines()), "")
-    return f"the installation is not usable: {type(error).__name__}: {said}"
+    return f"the installation is not usable: {type(error).__name__}: {first_line(error)}"
 
 
 def judge_alone(cfg: Config, verb: str) -> None:

@@ -155,22 +155,25 @@ def seconds_table(run: Launch) -> Table:
     return table
 
 
+# what a training comes to, under the headings of the tables that show some of it
+FIGURES: dict[str, Callable[[Launch], str]] = {
+    "GiB": lambda run: _gib(run["peak_bytes"]),
+    "bubble": lambda run: percent(run["bubble"]),
+    "TFLOP/s per GPU": lambda run: f"{run['tflop_per_second_per_gpu']:,.0f}",
+    "step": lambda run: duration(run["step_seconds"]),
+    "tokens/s": lambda run: scaled(run["tokens_per_second"]),
+    "tokens/day": lambda run: scaled(run["tokens_per_day"]),
+    "tokens": lambda run: scaled(run["tokens"]),
+    "days": lambda run: _days(run["days"]),
+    "GPU hours": lambda run: f"{run['gpu_hours']:,.4g}" if run["gpu_hours"] < 1000 else f"{run['gpu_hours']:,.0f}",
+    "cost": lambda run: ABSENT if run["cost"] is None else f"{run['cost']:,.0f}",
+}
+
+
 def outcome_table(runs: Sequence[Launch], left_out: Sequence[str]) -> Table:
     """What each training comes to, and all together."""
-    columns: dict[str, Callable[[Launch], str]] = {
-        "GiB": lambda run: _gib(run["peak_bytes"]),
-        "bubble": lambda run: percent(run["bubble"]),
-        "TFLOP/s per GPU": lambda run: f"{run['tflop_per_second_per_gpu']:,.0f}",
-        "step": lambda run: duration(run["step_seconds"]),
-        "tokens/s": lambda run: scaled(run["tokens_per_second"]),
-        "tokens/day": lambda run: scaled(run["tokens_per_day"]),
-        "tokens": lambda run: scaled(run["tokens"]),
-        "days": lambda run: _days(run["days"]),
-        "GPU hours": lambda run: f"{run['gpu_hours']:,.4g}" if run["gpu_hours"] < 1000 else f"{run['gpu_hours']:,.0f}",
-        "cost": lambda run: ABSENT if run["cost"] is None else f"{run['cost']:,.0f}",
-    }
     without = {*left_out, *(["cost"] if all(run["cost"] is None for run in runs) else [])}
-    shown = {heading: write for heading, write in columns.items() if heading not in without}
+    shown = {heading: write for heading, write in FIGURES.items() if heading not in without}
     table = _table("training", list(shown))
     for run in runs:
         table.add_row(run["name"], *(write(run) for write in shown.values()))
@@ -189,12 +192,7 @@ def layouts_table(kept: Sequence[Launch], mine: Launch, best: Sequence[Launch], 
         "sp": lambda row: "yes" if row["layout"]["sp"] else "no",
         "micro-batch": lambda row: str(row["layout"]["micro_batch_size"]),
         "recompute": lambda row: str(row["layout"]["recompute"]),
-        "GiB": lambda row: _gib(row["peak_bytes"]),
-        "bubble": lambda row: percent(row["bubble"]),
-        "TFLOP/s per GPU": lambda row: f"{row['tflop_per_second_per_gpu']:,.0f}",
-        "step": lambda row: duration(row["step_seconds"]),
-        "tokens/day": lambda row: scaled(row["tokens_per_day"]),
-        "days": lambda row: _days(row["days"]),
+        **{heading: FIGURES[heading] for heading in ("GiB", "bubble", "TFLOP/s per GPU", "step", "tokens/day", "days")},
     }
     shown = {heading: write for heading, write in columns.items() if heading not in left_out}
     table = _table("layouts that fit", list(shown))

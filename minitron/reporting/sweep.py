@@ -97,7 +97,8 @@ def _setting(key: str, one: Entry) -> str:
 
 
 def _table(found: Sequence[Entry], left_out: Sequence[str]) -> Table:
-    settings = list(dict.fromkeys(key for one in found for key in one.chosen))
+    # a run of one swept setting is called by its value alone, where that is a name: it is not said twice
+    settings = [key for key in dict.fromkeys(key for one in found for key in one.chosen) if any(_setting(key, one) != one.name for one in found)]
     columns: dict[str, Callable[[Entry], str]] = {
         **{key: functools.partial(_setting, key) for key in settings},
         "params": lambda one: size(one.params),

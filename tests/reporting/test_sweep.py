@@ -63,6 +63,18 @@ def test_the_table_has_the_best_first_and_what_a_narrow_terminal_has_room_for(fo
     assert "not begun" in capsys.readouterr().out
 
 
+def test_what_a_run_is_called_by_is_not_said_twice_and_long_names_stay_whole(tmp_path):
+    names = ["smollm2_135m_to_100m", "smollm2_135m_to_106m_depth"]
+    for name in names:
+        made(tmp_path / name, {"distill": DONE, "evaluate": DONE, "export": DONE}, EVALS)
+    write_sweep(tmp_path, {name: {"recipe": name} for name in names})
+    show_sweep(tmp_path, to := Console(file=io.StringIO(), width=80))
+    assert "recipe" not in to.file.getvalue() and all(name in to.file.getvalue() for name in names)
+    write_sweep(tmp_path, {"lr-1e-4": {"train.lr": "1e-4"}})
+    show_sweep(tmp_path, to := Console(file=io.StringIO(), width=200))
+    assert "recipe" in to.file.getvalue() and "train.lr" in to.file.getvalue()
+
+
 def test_runs_of_an_earlier_sweep_stay_in_the_table(folder):
     write_sweep(folder, {"d": {"seed": "1"}})
     assert [*read_sweep(folder)] == ["b", "a", "c", "d"]
