@@ -2,6 +2,7 @@ PYTHON ?= python3
 RECIPE ?= smollm2_135m_to_100m
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= auto
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -27,8 +28,8 @@ ifeq ($(WIKITEXT),)
 endif
 	$(BIN)/minitron compress recipe=$(RECIPE) $(if $(WIKITEXT),'eval.texts.wikitext2="$(WIKITEXT)"') $(ARGS)
 
-test: install  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not long and not gpu and not slurm" $(PYTEST_ARGS)
+test: install  ## the fast tests, a process per core up to four: WORKERS=0 runs them one by one
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow and not long and not gpu and not slurm" $(PYTEST_ARGS)
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not long and not gpu and not slurm" $(PYTEST_ARGS) || { [ $$? -eq 5 ] && echo "there are no slow tests"; }

@@ -34,7 +34,7 @@ EXTRAS = {
     # the package index knows another project by that name, a web toolkit.
     "gpu": ["transformer-engine[pytorch]"],
     "logging": ["wandb>=0.19", "tensorboard>=2.15"],
-    "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", "lm-eval>=0.4.13", *SCRIPT_LINTERS],
+    "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", "lm-eval>=0.4.13", *SCRIPT_LINTERS],
 }
 
 setup(
