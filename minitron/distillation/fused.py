@@ -33,6 +33,11 @@ class Losses(NamedTuple):
     ce: Tensor  # nats at temperature 1, not weighted; 0 where the weight is
 
 
+def fp32_products(tensor: Tensor) -> bool:
+    """Whether products of matrices like this one, of a narrower type, may be asked for in fp32, as they are summed."""
+    return tensor.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
 class Scratch:
     """Memory for one chunk, used for every chunk and every call: fresh buffers of this size cost more in page faults than the arithmetic on
     them. Made on first use and again only where it must grow."""
@@ -55,7 +60,7 @@ class Scratch:
         out_Cv, weight_Hv = self.buffers[number][: len(hidden_CH)], head.weight_vH.t()
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, weight_Hv, out=out_Cv)
-        elif hidden_CH.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        elif fp32_products(hidden_CH):
             torch.ops.aten.mm.dtype_out(hidden_CH, weight_Hv, torch.float32, out=out_Cv)
         else:
             # the product, then what rounding took away, by the same product: it is summed in fp32 and rounded at the end. Both lie in the
@@ -101,6 +106,7 @@ class Work:
     head: Head
     signal: Signal | None
     mask_T: Tensor
+    host_mask_T: Tensor  # the same in host memory
     labels_T: Tensor | None
     settings: Distill
     world: engine.World
@@ -123,7 +129,7 @@ class Work:
     def values(self, student_TH: Tensor, gradients: Gradients | None) -> Losses:
         """The losses, chunk by chunk; where `gradients` are wanted, they are filled in the same pass."""
         settings, sums = self.settings, torch.zeros(2, dtype=torch.float64, device=student_TH.device)
-        host_mask_T, step = self.mask_T.cpu(), self.divide()
+        step = self.divide()
         for start in range(0, len(self.mask_T), step):
             here = slice(start, start + step)
             kd_C, ce_C, gradient = self._chunk(student_TH[here], here)
@@ -131,8 +137,9 @@ class Work:
             sums += torch.stack([kd * settings.temperature**2, ce])
             if gradients is not None:
                 grad_Cv = gradient(self.mask_T[here] * gradients.factor)
-                # not by the factor of 0 alone: what such a token has may be no number
-                grad_Cv.index_fill_(0, (~host_mask_T[here]).nonzero()[:, 0].to(grad_Cv.device), 0.0)
+                left_out_R = (~self.host_mask_T[here]).nonzero()[:, 0]
+                if len(left_out_R):  # not by the factor of 0 alone: what such a token has may be no number
+                    grad_Cv.index_fill_(0, engine.to_device(left_out_R, grad_Cv.device), 0.0)
                 gradients.add(here, student_TH[here], self.mask_T[here], grad_Cv, self)
         kd, ce = sums.unbind()
         return Losses(*(one.float() for one in (kd + settings.cross_entropy * ce, kd, ce)))
@@ -205,11 +212,15 @@ class Gradients:
             wide, (free, room) = work.scratch.buffers[0].view(-1), work.scratch.buffers[1].view(-1).view(weight_vH.dtype).chunk(2)
             grad_Cv = free[: grad_Cv.numel()].view(grad_Cv.shape).copy_(grad_Cv)
             vocab, hidden = self.head_vH.shape
-            blocks = -(-vocab // (len(room) // hidden))
+            whole = fp32_products(grad_Cv)
+            blocks = -(-vocab // (len(wide if whole else room) // hidden))
             for columns_Cw, sum_wH in zip(grad_Cv.tensor_split(blocks, dim=1), self.head_vH.tensor_split(blocks), strict=True):
-                product_wH, wide_wH = (one[: sum_wH.numel()].view(sum_wH.shape) for one in (room, wide))
-                # to fp32 before it is added: a sum of two types would make itself a copy of this size
-                sum_wH.add_(wide_wH.copy_(torch.mm(columns_Cw.t(), student_CH, out=product_wH)))
+                wide_wH = wide[: sum_wH.numel()].view(sum_wH.shape)
+                if whole:
+                    torch.ops.aten.mm.dtype_out(columns_Cw.t(), student_CH, torch.float32, out=wide_wH)
+                else:  # to fp32 before it is added: a sum of two types would make itself a copy of this size
+                    wide_wH.copy_(torch.mm(columns_Cw.t(), student_CH, out=room[: sum_wH.numel()].view(sum_wH.shape)))
+                sum_wH.add_(wide_wH)
         torch.mm(grad_Cv, weight_vH, out=out_CH)
 
 
@@ -246,7 +257,8 @@ def linear_distillation(student_TH: Tensor, head: Head, signal: Signal | None, m
     bucket for all others. Gradients flow to `student_TH` (this rank's part: the caller sums it over tensor ranks) and to `head.weight_vH`, once.
     With `settings.gradients` "forward" they are made in the forward pass, which saves a second product with each head; with "recompute" the
     backward pass goes over the chunks again, and until then nothing but the arguments is held. A caller with many microbatches keeps one
-    `scratch`.
+    `scratch`. `mask_T`: bool [T], best in host memory: one that lies on a GPU is waited for.
     """
-    work = Work(dataclasses.replace(head, weight_vH=head.weight_vH.detach()), signal, mask_T, labels_T, settings, world, scratch or Scratch())
+    frozen, masks = dataclasses.replace(head, weight_vH=head.weight_vH.detach()), (engine.to_device(mask_T, student_TH.device), mask_T.cpu())
+    work = Work(frozen, signal, *masks, labels_T, settings, world, scratch or Scratch())
     return Losses(*_LinearDistillation.apply(student_TH, head.weight_vH, work))

@@ -290,5 +290,5 @@ class HiddenLoss:
 
 def mask_here(batch: engine.Batch, world: engine.World) -> Tensor:
     """Which tokens of this rank's hidden states inside the model count, bool [S, B]."""
-    mask_SB = counted_mask(batch, world).unflatten(0, (-1, batch.tokens_BT.shape[0]))
+    mask_SB = engine.to_device(counted_mask(batch, world), world.device).unflatten(0, (-1, batch.tokens_BT.shape[0]))
     return mask_SB.chunk(world.tp)[world.tp_rank] if world.sequence_parallel else mask_SB

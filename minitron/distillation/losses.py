@@ -31,7 +31,8 @@ def _mean(log_weight: Tensor, *log_terms: Tensor) -> Tensor:
 
 
 def _mixture(teacher_TV: Tensor, student_TV: Tensor, beta: float) -> Tensor:
-    ours, theirs = teacher_TV.new_tensor(beta).log(), teacher_TV.new_tensor(1.0 - beta).log()
+    # new_full and not new_tensor: that would copy a number to a GPU, and wait until it is there
+    ours, theirs = (teacher_TV.new_full((), share).log() for share in (beta, 1.0 - beta))
     return torch.logaddexp(teacher_TV + ours, student_TV + theirs)
 
 

@@ -103,7 +103,7 @@ class ForeignTeacher:
 
     def signals(self, step: int, batches: Sequence[engine.Batch]) -> list[WholeSignal]:
         """As `Teacher` says."""
-        mine_MBS = torch.stack([batch.inputs_BS for batch in batches]).to(self.world.device)
+        mine_MBS = engine.to_device(torch.stack([batch.inputs_BS for batch in batches]), self.world.device)
         all_NBS = engine.every_replica(mine_MBS, self.student_world).flatten(0, 1)
         numbers = self.relay.share(len(all_NBS))  # none where the teacher has more replicas than there is to do
         share, documents = [all_NBS[number] for number in numbers], self._documents(batches, numbers)
@@ -118,5 +118,5 @@ class ForeignTeacher:
         mine = [batch.documents_BS for batch in batches if batch.documents_BS is not None]
         if not mine:
             return None
-        all_NBS = engine.every_replica(torch.stack(mine).to(self.world.device), self.student_world).flatten(0, 1)
+        all_NBS = engine.every_replica(engine.to_device(torch.stack(mine), self.world.device), self.student_world).flatten(0, 1)
         return [all_NBS[number] for number in numbers]

@@ -45,9 +45,9 @@ def distillation_loss(
         def loss(number: int, hidden_SBH: Tensor) -> engine.LossParts:
             hidden_TH = engine.whole_sequence(hidden_SBH, world).flatten(0, 1)
             mask_T, labels_T = counted_mask(batches[number], world), local_tokens(batches[number].labels_BS, world)
+            tokens = engine.to_device(mask_T.sum(dtype=torch.int), world.device)
             signal, head = signals.pop(number), head_of(student, world)  # freed as soon as it is used
             losses = linear_distillation(hidden_TH, head, signal, mask_T, world, settings, labels_T, scratch)
-            tokens = mask_T.sum(dtype=torch.int)
             parts = {"kd_loss": losses.kd} if settings.loss != "none" else {}
             parts |= {"ce_loss": losses.ce} if settings.cross_entropy > 0 else {}
             return losses.total, tokens, {"loss": losses.total.detach(), **parts, "tokens": tokens}
@@ -61,11 +61,16 @@ def distillation_loss(
 
 
 def counted_mask(batch: engine.Batch, world: engine.World) -> Tensor:
-    """Which tokens of this rank's last hidden states count, bool [T], in their order."""
+    """Which tokens of this rank's last hidden states count, bool [T], in their order; where the batch lies, in host memory."""
     counted_BS = torch.ones_like(batch.inputs_BS, dtype=torch.bool) if batch.counted_BS is None else batch.counted_BS
-    return local_tokens(counted_BS, world)
+    return in_order(counted_BS, world)
 
 
 def local_tokens(whole_BS: Tensor, world: engine.World) -> Tensor:
     """What is said of each token, [B, S] or [B, S, K], in the order of this rank's last hidden states: [T] or [T, K], on its device."""
-    return engine.local_part(whole_BS, world).transpose(0, 1).flatten(0, 1).to(world.device)
+    return engine.to_device(in_order(whole_BS, world), world.device)
+
+
+def in_order(whole_BS: Tensor, world: engine.World) -> Tensor:
+    """As `local_tokens`, where it lies."""
+    return engine.local_part(whole_BS, world).transpose(0, 1).flatten(0, 1)

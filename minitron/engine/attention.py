@@ -100,7 +100,8 @@ class Attention(MegatronModule):
             key_SBGD, value_SBGD = (whole_context(x, self.context) for x in (key_SBGD, value_SBGD))
         query_BNSD, key_BGWD, value_BGWD = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         attention_mask = self.seen(attention_mask, key_BGWD.size(2), key_BGWD.device)
-        if attention_mask is not None:  # a GPU's kernels that take a mask know no groups: without this they would all be passed over
+        # a GPU's kernels that take a mask know no groups, nor do those for fp32: without this they would all be passed over
+        if attention_mask is not None or (query_BNSD.is_cuda and query_BNSD.dtype == torch.float32):
             key_BGWD, value_BGWD = (x.repeat_interleave(query_BNSD.size(1) // x.size(1), dim=1) for x in (key_BGWD, value_BGWD))
         if self.softcap is not None:
             attend = functools.partial(softcapped_attention, scale=self.softmax_scale, softcap=self.softcap)

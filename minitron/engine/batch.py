@@ -10,6 +10,16 @@ import torch
 Tensor = torch.Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on a device, without waiting for what that is doing.
+
+    By itself `Tensor.to` copies ordinary memory to a GPU only when everything that was queued there is done, and this process waits as long.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # torch keeps this memory from being used again until the copy is made
+    return tensor.to(device, non_blocking=True)
+
+
 class Batch(NamedTuple):
     """A microbatch: tokens, and where asked for which predictions count and which document each position is of."""
 

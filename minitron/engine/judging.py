@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from minitron.engine.batch import to_device
 from minitron.engine.model import Model
 from minitron.engine.parallel import World
 from minitron.engine.schedule import forward_only, in_passes, local_part, whole_sequence
@@ -44,8 +45,8 @@ def judge(
         def collect(number: int, hidden_SBH: Tensor, group: list[Judged] = group) -> None:
             _, rows_M, positions_M, labels_M, requests_M = group[number]
             here_M, losses_M, likeliest_M = predictions(model, hidden_SBH, rows_M, positions_M, labels_M, world)
-            found_2M = torch.stack([losses_M.double(), (likeliest_M != labels_M[here_M].to(world.device)).double()])
-            sums_2N.index_add_(1, requests_M[here_M].to(world.device), found_2M)
+            found_2M = torch.stack([losses_M.double(), (likeliest_M != to_device(labels_M[here_M], world.device)).double()])
+            sums_2N.index_add_(1, to_device(requests_M[here_M], world.device), found_2M)
 
         forward_only(model, [batch.inputs_BS for batch in group], world, collect)
         if advance is not None:
@@ -64,9 +65,9 @@ def predictions(
     place_S = torch.full((len(held_S) * world.cp,), -1)
     place_S[held_S] = torch.arange(len(held_S))
     here_M = (place_S[positions_M] >= 0).nonzero()[:, 0]
-    hidden_MH = hidden_SBH[place_S[positions_M][here_M].to(world.device), rows_M[here_M].to(world.device)]
+    hidden_MH = hidden_SBH[to_device(place_S[positions_M][here_M], world.device), to_device(rows_M[here_M], world.device)]
     weight_vH, first = live_head(model, world)
-    labels_M = labels_M[here_M].to(world.device)
+    labels_M = to_device(labels_M[here_M], world.device)
     losses_M, likeliest_M = judged_tokens(hidden_MH, weight_vH, first, labels_M, world, softcap=model.arch.logit_softcap)
     return here_M, losses_M, likeliest_M
 
@@ -126,7 +127,7 @@ def next_tokens(model: Model, texts: Sequence[list[int]], world: World, tokens: 
         def collect(number: int, hidden_SBH: Tensor, group: list[Judged] = group) -> None:
             _, rows_M, positions_M, labels_M, requests_M = group[number]
             here_M, _, likeliest_M = predictions(model, hidden_SBH, rows_M, positions_M, labels_M, world)
-            found_N[requests_M[here_M].to(world.device)] = likeliest_M
+            found_N[to_device(requests_M[here_M], world.device)] = likeliest_M
 
         forward_only(model, [batch.inputs_BS for batch in group], world, collect)
     if world.cp > 1:

@@ -137,7 +137,8 @@ def numbered(arch: Arch, world: World, module: Any, args: tuple[Any, ...], kwarg
 
 def scaled(module: Any, args: tuple[Any, ...], embedded_SBH: torch.Tensor) -> torch.Tensor:
     """Embeddings times the square root of their width, which is rounded to their type as transformers does."""
-    return embedded_SBH * torch.tensor(embedded_SBH.size(-1) ** 0.5, dtype=embedded_SBH.dtype, device=embedded_SBH.device)
+    # a number in host memory: to a GPU it goes with the kernel, where a tensor there would be copied first and waited for
+    return embedded_SBH * torch.tensor(embedded_SBH.size(-1) ** 0.5, dtype=embedded_SBH.dtype)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minitron.engine.batch import to_device
 from minitron.engine.model import Chunk, Model
 from minitron.engine.parallel import World
 from minitron.engine.schedule import fill_up, in_passes, local_part, run_schedule
@@ -54,13 +55,14 @@ def losses_without(
     with torch.no_grad(), model.on_device(), any_shape(model):
         for group in in_passes(batches, world, lambda batch: batch.tokens_BT.shape):
             for number, sums_PB in enumerate(one_pass(model, group, world, probes)):
-                sums_PR.index_add_(1, group[number].rows_B.to(world.device), sums_PB)
+                sums_PR.index_add_(1, to_device(group[number].rows_B, world.device), sums_PB)
             for batch in group:
-                counts_R.index_add_(0, batch.rows_B.to(world.device), local_part(batch.counted_BS, world).sum(dim=1).to(counts_R))
+                counted_B = to_device(local_part(batch.counted_BS, world).sum(dim=1), world.device)
+                counts_R.index_add_(0, to_device(batch.rows_B, world.device), counted_B.to(counts_R.dtype))
             if advance is not None:
                 advance(len(group))
     packed = from_last_stages(torch.cat([sums_PR, counts_R[None]]), world)
-    return packed[:-1][torch.argsort(torch.tensor(order))], packed[-1]
+    return packed[:-1].index_select(0, to_device(torch.argsort(torch.tensor(order)), world.device)), packed[-1]
 
 
 def one_pass(model: Model, group: Sequence[Scored], world: World, probes: Sequence[range]) -> list[Tensor]:
@@ -79,7 +81,7 @@ def one_pass(model: Model, group: Sequence[Scored], world: World, probes: Sequen
         count = hidden_SKH.size(1) // len(batch.tokens_BT)
         hidden_SKH = model.chunks[-1].decoder.final_layernorm(hidden_SKH)
         losses_KS = position_losses(model, hidden_SKH, batch.tokens_BT.repeat(count, 1), world)
-        counted_KS = local_part(batch.counted_BS, world).to(world.device).repeat(count, 1)
+        counted_KS = to_device(local_part(batch.counted_BS, world), world.device).repeat(count, 1)
         return torch.where(counted_KS, losses_KS.double(), 0.0).sum(dim=1).view(count, -1)
 
     inputs: list[Any] = [(batch.tokens_BT[:, :-1], None) for batch in group]
@@ -119,7 +121,7 @@ def streams(chunk: Chunk, inputs_BS: Tensor, world: World, probes: Sequence[rang
         begun = [probe for probe in probes if probe.start < first]
         waiting = list(probes[len(begun) :])
         if chunk.pre_process:
-            incoming = [chunk.embedding(input_ids=local_part(inputs_BS, world).to(world.device), position_ids=None)]
+            incoming = [chunk.embedding(input_ids=to_device(local_part(inputs_BS, world), world.device), position_ids=None)]
         else:
             incoming = list(chunk.decoder.input_tensor.chunk(len(begun) + bool(waiting), dim=1))
         for probe in begun:

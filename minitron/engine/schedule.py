@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.tensor_parallel.random import is_checkpointing
 
 from minitron.engine.attention import documents_mask, sequence_part, whole_context
-from minitron.engine.batch import Batch
+from minitron.engine.batch import Batch, to_device
 from minitron.engine.model import Chunk, Model
 from minitron.engine.parallel import World, inside
 
@@ -112,8 +112,8 @@ def recomputing() -> bool:
 def run_chunk(chunk: Any, inputs: Inputs, world: World) -> Tensor:
     """A chunk's pass over this rank's part of a microbatch. The mask goes to every chunk by itself: stages pass on hidden states alone."""
     tokens_BS, documents_BS = inputs
-    mask = None if documents_BS is None else documents_mask(documents_BS.to(world.device), world.cp, world.cp_rank)
-    hidden_SBH: Tensor = chunk(sequence_part(tokens_BS, 1, world.cp, world.cp_rank).to(world.device), None, mask)
+    mask = None if documents_BS is None else documents_mask(to_device(documents_BS, world.device), world.cp, world.cp_rank)
+    hidden_SBH: Tensor = chunk(to_device(sequence_part(tokens_BS, 1, world.cp, world.cp_rank), world.device), None, mask)
     return hidden_SBH
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 
+from minitron.engine.batch import to_device
 from minitron.engine.model import Model
 from minitron.engine.parallel import World
 from minitron.engine.schedule import forward_only, in_passes, local_part, whole_sequence
@@ -39,22 +40,21 @@ def language_model_score(model: Model, batches: Iterable[tuple[Tensor, Tensor]],
     `batches` yields (tokens [B, T], counted bool): [B], windows that only fill up a batch are not counted, or [B, S], nor are the predictions that
     an earlier window made already.
     """
-    started, total, count = time.perf_counter(), 0.0, 0
+    started = time.perf_counter()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, and how many they are
     for group in in_passes(batches, world, lambda batch: batch[0].shape):
 
-        def collect(number: int, hidden_SBH: Tensor, group: list[tuple[Tensor, Tensor]] = group) -> tuple[float, int]:
+        def collect(number: int, hidden_SBH: Tensor, group: list[tuple[Tensor, Tensor]] = group) -> None:
             tokens_BT, counted = group[number]
             losses_BS = position_losses(model, hidden_SBH, tokens_BT, world)
-            counted_BS = local_part(by_position(counted, tokens_BT), world).to(world.device)
-            return float(losses_BS[counted_BS].double().sum()), int(counted_BS.sum())
+            counted_BS = to_device(local_part(by_position(counted, tokens_BT), world), world.device)
+            sums.add_(torch.stack([torch.where(counted_BS, losses_BS.double(), 0.0).sum(), counted_BS.sum()]))
 
-        for loss_sum, tokens in forward_only(model, [tokens_BT[:, :-1] for tokens_BT, _ in group], world, collect):
-            total, count = total + loss_sum, count + tokens
+        forward_only(model, [tokens_BT[:, :-1] for tokens_BT, _ in group], world, collect)
         if advance is not None:
             advance(sum(int(by_position(counted, tokens_BT).any(dim=1).sum()) for tokens_BT, counted in group))
-    sums = from_last_stages(torch.tensor([total, count], dtype=torch.float64, device=world.device), world)
-    total, count = sums[0].item(), int(sums[1].item())
-    return Score(total / max(count, 1), count, count / (time.perf_counter() - started))
+    total, count = from_last_stages(sums, world).tolist()
+    return Score(total / max(count, 1), int(count), count / (time.perf_counter() - started))
 
 
 def by_position(counted: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def by_position(counted: Tensor, tokens_BT: Tensor) -> Tensor:
 
 def position_losses(model: Model, hidden_SBH: Tensor, tokens_BT: Tensor, world: World) -> Tensor:
     """Cross-entropy in nats of the prediction made at each position that this context rank holds, fp32 [B, S]; from last hidden states."""
-    labels_BS = local_part(tokens_BT[:, 1:], world).to(world.device)
+    labels_BS = to_device(local_part(tokens_BT[:, 1:], world), world.device)
     hidden_NH = whole_sequence(hidden_SBH, world).transpose(0, 1).flatten(0, 1)
     weight_vH, first = live_head(model, world)
     return token_losses(hidden_NH, weight_vH, first, labels_BS.flatten(), world, softcap=model.arch.logit_softcap).view_as(labels_BS)

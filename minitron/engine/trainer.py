@@ -27,6 +27,7 @@ from minitron.engine.model import Model
 from minitron.engine.optimizer_state import torch_optimizers
 from minitron.engine.parallel import World, any_rank, on_main, refuse_together, sum_over_tokens
 from minitron.engine.schedule import LossParts, Watch, forward_backward
+from minitron.engine.together import together
 from minitron.errors import RequestError
 
 Tensor = torch.Tensor
@@ -179,14 +180,16 @@ class Trainer:
     def _grad_norm(self) -> float:
         """L2 norm of the whole model's gradient, before clipping."""
         self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        with together():
+            return float(self.optimizer.get_grad_norm())
 
     @torch.no_grad()
     def _step(self, grad_norm: float) -> None:
         """Clip and update, from gradients that are ready. Megatron's own `step` does the same without asking whether they are finite."""
         if self.settings.clip_grad > 0:
-            for part in self.optimizer.chained_optimizers:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.settings.clip_grad, total_norm=grad_norm)
+            with together():
+                for part in self.optimizer.chained_optimizers:
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.settings.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
 
     def settle(self) -> None:
