@@ -5,6 +5,8 @@ PYTEST_ARGS ?=
 WORKERS ?= auto
 
 BIN := .venv/bin
+# run by gpu.py, where there is a GPU
+OF_GPU := $(addprefix benchmarks/,gpu.py real_shapes.py trace.py kept.py)
 INSTALLED := .venv/.installed
 export MINITRON_TEST_DATA := $(abspath $(or $(MINITRON_TEST_DATA),../shared/data))
 WIKITEXT := $(wildcard $(MINITRON_TEST_DATA)/text/wikitext2_test.joined.txt)
@@ -52,9 +54,9 @@ lint: install  ## formatting, lint, types; scripts and the Dockerfile too
 
 check: lint test  ## lint and the fast tests, the import directions among them
 
-bench: install  ## run every benchmark; tables on the console, JSON under runs/benchmarks
+bench: install  ## run every benchmark but those of a GPU; tables on the console, JSON under runs/benchmarks
 	mkdir -p runs/benchmarks
-	set -e; for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
+	set -e; for script in $(filter-out benchmarks/common.py $(OF_GPU),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

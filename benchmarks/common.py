@@ -1,18 +1,25 @@
 """What every benchmark does: read its arguments, show one table with the machine it was made on, write both as JSON."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from minitron.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = os.getloadavg()[0]  # before the benchmark itself makes any
@@ -62,6 +69,38 @@ def _cpu_model() -> str:
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def seconds(action: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Median of how long an action takes, what it queued on a GPU included."""
+    found = []
+    for _ in range(repeats):
+        settle(device)
+        started = time.perf_counter()
+        action()
+        settle(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what is queued on a GPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20) -> float:
+    """FLOP/s of the product of two square matrices that keep the device busy: what anything made of products can reach at most here."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    for _ in range(3):
+        torch.mm(a, b, out=out)
+    return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), device, repeats)
 
 
 def publish(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]], notes: Sequence[str], json_file: Path | None) -> None:

@@ -4,7 +4,8 @@ unfused: `log_softmax` of both whole [tokens, vocabulary] logits under autograd 
 nvidia-modelopt on whole logits. liger: liger-kernel's chunked loss, which fuses both heads, in chunks of as many tokens; it has no forward KL
 of its own: its JSD with beta 0, a mean over tokens, which is multiplied by their number. It is plain torch, and by default compiled by
 torch.compile: both are measured, the latter after it is compiled. Each is measured where its package is installed. All give forward KL at
-temperature 1, summed over the tokens.
+temperature 1, summed over the tokens. floor: not measured but worked out, the time of the four products with the two heads that every one of these
+has (both logits, both gradients) at the rate of a large product, which is measured here.
 
 Time is of the loss and its backward pass. Memory is the most that there ever was above the arguments (bytes of torch's tensors on a
 CPU, where those of compiled code don't show, its allocator's peak on a GPU), in a first call, so that what the fused loss keeps for later
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from common import ROOT, arguments, publish
+from common import ROOT, arguments, matmul_rate, publish
 
 from minitron import engine
 from minitron.config.schema import Distill, Parallel
@@ -30,7 +31,8 @@ from minitron.distillation.signal import Head, WholeSignal
 
 Tensor = torch.Tensor
 COMPILED = "liger, compiled"
-SIDES = ("fused, forward", "fused, recompute", "unfused", "modelopt", "liger", COMPILED)
+FLOOR = "floor"
+SIDES = ("fused, forward", "fused, recompute", "unfused", "modelopt", "liger", COMPILED, FLOOR)
 CHECKED = 512  # tokens whose gradients are held against float64
 
 
@@ -67,7 +69,7 @@ def fused(world: engine.World, gradients: str, chunk_tokens: int) -> Callable[[]
         scratch = Scratch()
 
         def loss(given: Inputs) -> Tensor:
-            mask_T = torch.ones(len(given.student_TH), dtype=torch.bool, device=given.student_TH.device)
+            mask_T = torch.ones(len(given.student_TH), dtype=torch.bool)
             signal = WholeSignal(given.teacher_TG, Head(given.teacher_head_VG))
             return linear_distillation(given.student_TH, Head(given.head_VH), signal, mask_T, world, settings, scratch=scratch).total
 
@@ -171,8 +173,12 @@ def measure(world: engine.World, shape: tuple[int, int, int], dtype: str, chunk_
     few = given.first(CHECKED)
     right, rows = exact(few), []
     for name in names:
-        make = sides(world, chunk_tokens)[name]
         head = f"{tokens} x {hidden} x {vocab}, {dtype}", name
+        if name == FLOOR:
+            rate = matmul_rate(engine.DTYPES[dtype], world.device)
+            rows.append((*head, 4 * 2 * tokens * hidden * vocab / rate, None, None, f"{rate / 1e12:.2f} TFLOP/s in a product"))
+            continue
+        make = sides(world, chunk_tokens)[name]
         try:
             errors = [((mine.double() - true).norm() / true.norm()).item() for mine, true in zip(once(make(), few), right, strict=True)]
             peak = None if name == COMPILED and world.device.type == "cpu" else peak_bytes(make(), given) / 2**20
