@@ -119,7 +119,8 @@ def test_every_part_names_what_it_needs():
     assert all((ROOT / script).is_file() for script in scripts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_parts_run_with_nothing_of_size(stories, tmp_path):
     out, text = tmp_path / "out", write_tales(tmp_path / "tales.jsonl")
     wanted = ["tests", "loss", "trace", "shapes_1b", "kept", "compress"]
