@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 export MINITRON_TEST_DATA := $(abspath $(or $(MINITRON_TEST_DATA),../shared/data))
 WIKITEXT := $(wildcard $(MINITRON_TEST_DATA)/text/wikitext2_test.joined.txt)
 
-.PHONY: help install demo test test-slow test-long test-gpu test-slurm lint check bench clean
+.PHONY: help install demo test test-slow test-long test-gpu test-slurm lint check bench tables settings clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -56,7 +56,13 @@ check: lint test  ## lint and the fast tests, the import directions among them
 
 bench: install  ## run every benchmark but those of a GPU; tables on the console, JSON under runs/benchmarks
 	mkdir -p runs/benchmarks
-	set -e; for script in $(filter-out benchmarks/common.py $(OF_GPU),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
+	set -e; for script in $(filter-out benchmarks/common.py benchmarks/tables.py benchmarks/views.py $(OF_GPU),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --json runs/benchmarks/$$(basename $$script .py).json; done
+
+tables: install  ## write the tables of README.md and docs/results.md anew from the JSON files of docs/results
+	$(BIN)/python -m benchmarks.tables
+
+settings: install  ## write docs/settings.md anew from minitron/config
+	$(BIN)/python -m minitron.config.reference > docs/settings.md
 
 clean:  ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

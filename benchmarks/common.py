@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = os.getloadavg()[0]  # before the benchmark itself makes any
+THREADS = os.environ.get("OMP_NUM_THREADS")  # as it was called, whatever it sets for processes of its own
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -104,17 +107,35 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 20) -> 
 
 
 def publish(title: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]], notes: Sequence[str], json_file: Path | None) -> None:
-    """Print the table and what has to be said with it; write JSON to `json_file`. `columns`: heading -> format of its values,
-    "" for text that may be wrapped."""
+    """Print the table and what has to be said with it; write JSON to `json_file`, from which tables.py makes those of the documents.
+    `columns`: heading -> format of its values, "" for text that may be wrapped."""
     table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
     for name, form in columns.items():
         table.add_column(name, justify="left" if form in ("", "<") else "right", no_wrap=bool(form))
     for row in rows:
         table.add_row(*("–" if value is None else format(value, form) for value, form in zip(row, columns.values(), strict=True)))
-    here = machine()
+    start = origin(title)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(" · ".join(f"{name} {value}" for name, value in here.items() if value is not None), style="dim", highlight=False)
+    console.print(" · ".join(f"{name} {value}" for name, value in start["machine"].items() if value is not None), style="dim", highlight=False)
     if json_file is not None:
         entries = [dict(zip(columns, row, strict=True)) for row in rows]
-        write_json(json_file, {"title": title, "rows": entries, "notes": list(notes), "machine": here})
+        write_json(json_file, start | {"columns": dict(columns), "rows": entries, "notes": list(notes)})
+
+
+def command() -> str:
+    """The command line that this process was started with, from the repository's root, without --json."""
+    words = sys.argv[1:]
+    if "--json" in words:
+        at = words.index("--json")
+        words = words[:at] + words[at + 2 :]
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name)
+    called = ["-m", name.removesuffix("/__main__.py").replace("/", ".")] if script.name == "__main__.py" else [name]
+    return shlex.join([*([f"OMP_NUM_THREADS={THREADS}"] if THREADS else []), ".venv/bin/python", *called, *words])
+
+
+def origin(title: str) -> dict[str, Any]:
+    """What a file of docs/results opens with: its title, the command that made it, the day, the machine."""
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return {"title": title, "command": command(), "date": today.isoformat(), "machine": machine()}

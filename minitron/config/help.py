@@ -70,19 +70,28 @@ def verb_help(verb: str, width: int) -> str:
 
 def described(setting: Setting) -> tuple[str, str]:
     """`name=default` and the meaning, followed by the type and what is allowed: `[int >= 1]`."""
+    return f"{setting.name}={shown(setting.default)}", f"{setting.rule['help']} [{allowed(setting).replace(' ', UNBROKEN)}]"
+
+
+def allowed(setting: Setting) -> str:
+    """What a setting may be: its types, or its values, with their bounds."""
     rule = setting.rule
     types = {**TYPES, list: f"list of {TYPES.get(setting.items)}"}
     kinds = [types[kind] for kind in setting.kinds if kind is not type(None)] if rule["allowed"] is None else map(shown, rule["allowed"])
     bounds = ", ".join(f"{sign} {rule[key]:g}" for key, sign in BOUNDS.items() if rule[key] is not None)
-    allowed = f"{' | '.join(kinds)} {bounds}".strip() + (" | null" if type(None) in setting.kinds else "")
-    return f"{setting.name}={shown(setting.default)}", f"{rule['help']} [{allowed.replace(' ', UNBROKEN)}]"
+    return f"{' | '.join(kinds)} {bounds}".strip() + (" | null" if type(None) in setting.kinds else "")
 
 
 def about(group: str, width: int) -> list[str]:
     """What the group's docstring says, where it has one of its own."""
+    return paragraph(text, width, "  ") if (text := purpose(group)) else []
+
+
+def purpose(group: str) -> str:
+    """The group's docstring, where it has one of its own."""
     kind: Any = {field.name: field.type for field in dataclasses.fields(Config)}[group]
     invented = f"{kind.__name__}("  # how the docstring starts that dataclasses make up
-    return [] if kind.__doc__.startswith(invented) else paragraph(kind.__doc__, width, "  ")
+    return "" if kind.__doc__.startswith(invented) else re.sub(r"\s+", " ", kind.__doc__).strip()
 
 
 def ready_made(names: list[str]) -> list[tuple[str, str]]:
