@@ -39,8 +39,8 @@ def llama_8b(opened: Session) -> engine.Model:
     arch = Arch("llama", num_layers=2, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8, kv_channels=128,
                 vocab_size=1024, max_position_embeddings=8192, share_embeddings_and_output_weights=True)  # fmt: skip
     model, generator = engine.skeleton(arch, opened.world, opened.dtype), torch.Generator().manual_seed(2)
-    for name, row, layer in engine.rows(model):
-        engine.put(model, name, row, layer, 0.02 * torch.randn(shard_shape(row, arch, 1), dtype=opened.dtype, generator=generator))
+    for name, row, at in engine.rows(model):
+        engine.put(model, name, row, at, 0.02 * torch.randn(shard_shape(row, arch, 1), dtype=opened.dtype, generator=generator))
     return model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron.arch.arch import Arch
+from minitron.config.layout import check_expert_ranks
 from minitron.config.schema import Config, Distill
 from minitron.config.setting import MISSING
 from minitron.config.verbs import VERBS, groups_of, measures_again
@@ -105,9 +106,7 @@ def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = Non
     if trains and cfg.teacher.cache.folder is not None:
         Cache.load(Path(cfg.teacher.cache.folder).expanduser()).check(settled(trial(cfg) if searches(cfg, verb) else cfg))
     if trains and cfg.distill.hidden.enabled and cfg.teacher_parallel != cfg.parallel:
-        raise refuse(
-            "distill.hidden.enabled", True, "hidden states can't be compared over layouts: teacher.parallel.tp and teacher.parallel.pp must be null"
-        )
+        raise refuse("distill.hidden.enabled", True, "hidden states can't be compared over layouts: teacher.parallel.tp, .pp and .ep must be null")
     if trains and cfg.distill.hidden.enabled and cfg.teacher.cache.folder is not None:
         raise refuse("distill.hidden.enabled", True, "a cache holds no hidden states: teacher.cache.folder must be null")
     if loads_teacher(cfg, verb):
@@ -309,6 +308,7 @@ def check_teacher_ranks(cfg: Config) -> None:
         name = "tp" if layout.tp != cfg.parallel.tp else "pp"
         allowed = f"the teacher's tp x pp x parallel.cp = {ranks} must divide the number of processes, {size}"
         raise refuse(f"teacher.parallel.{name}", getattr(layout, name), allowed)
+    check_expert_ranks(layout, size, "parallel" if layout == cfg.parallel else "teacher.parallel")
 
 
 def check_teacher_layout(cfg: Config, teacher: Arch, whose: str) -> None:

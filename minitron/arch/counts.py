@@ -3,7 +3,7 @@
 import dataclasses
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import POSITIONS, VOCAB, count_parameters, dim_size, parameters
+from minitron.arch.axes import PARAMETERS, POSITIONS, VOCAB, count_active, count_parameters
 
 SCALES = {"memory_gb": 10**9, "gflops_per_token": 10**9}  # of the budgets: in which unit of what is counted, bytes and FLOPs
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -11,9 +11,11 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """`flops_per_token`: multiply-adds counted as two, one forward pass, attention at full length `seq_length` included."""
+    """`flops_per_token`: multiply-adds counted as two, one forward pass, attention at full length `seq_length` included. `active_parameters`: all
+    but the experts that one token is not sent to."""
 
     parameters: int
+    active_parameters: int
     embedding_parameters: int
     flops_per_token: int
     kv_cache_bytes_per_token: int
@@ -21,18 +23,20 @@ class Counts:
 
 def count(arch: Arch, seq_length: int, bytes_per_element: int = 2) -> Counts:
     """Costs of one forward pass of `arch` per token, at sequences of `seq_length` tokens."""
-    matrix_sizes = [
-        (row.dims[0] in (VOCAB, POSITIONS), dim_size(row.dims[0], arch.layer(layer)) * dim_size(row.dims[1], arch.layer(layer)))
-        for row, layer in parameters(arch)
+    sizes = [
+        (row.dims[0] in (VOCAB, POSITIONS), row.active(block) * row.size(block))
+        for row in PARAMETERS
         if len(row.dims) == 2
+        for _, block in row.blocks(arch)
     ]
-    embedding = sum(size for is_lookup, size in matrix_sizes if is_lookup)
+    embedding = sum(size for is_lookup, size in sizes if is_lookup)
     # every matrix is one multiply-add per element and token; the embedding is a lookup, the head (tied or not) a product
-    matrices = sum(size for is_lookup, size in matrix_sizes if not is_lookup) + arch.vocab_size * arch.hidden_size
+    matrices = sum(size for is_lookup, size in sizes if not is_lookup) + arch.vocab_size * arch.hidden_size
     blocks = [arch.layer(number) for number in range(arch.num_layers)]
     attention = 2 * seq_length * arch.kv_channels * sum(block.num_attention_heads for block in blocks)
     return Counts(
         parameters=count_parameters(arch),
+        active_parameters=count_active(arch),
         embedding_parameters=embedding,
         flops_per_token=2 * (matrices + attention),
         kv_cache_bytes_per_token=2 * sum(block.num_query_groups for block in blocks) * arch.kv_channels * bytes_per_element,
@@ -54,7 +58,7 @@ def totals(arch: Arch, batch_size: int, seq_length: int, bytes_per_element: int)
     return {
         "params": found.parameters,
         "non_embedding_params": found.parameters - found.embedding_parameters,
-        "active_params": found.parameters,  # no family has experts, so one token makes use of every parameter
+        "active_params": found.active_parameters,
         "memory_gb": found.parameters * bytes_per_element + batch_size * seq_length * found.kv_cache_bytes_per_token,
         "gflops_per_token": found.flops_per_token,
     }

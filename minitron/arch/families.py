@@ -2,56 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Parameter
+from minitron.arch.family import Config, Family, by_own_names, rope_of
 from minitron.arch.limits import check_values
 from minitron.errors import RequestError
 
-Config = dict[str, Any]
-# rotary kinds that transformers computes; anything else is refused before weights are read
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # names of one function
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One family. `sizes` maps Arch fields to config keys, `flags` those that are true or false; `requires` lists keys with the only values that are
-    supported; `fixed` are fields of Arch that no key says, and `further` gives those that must be computed from the config. `defaults` is what
-    transformers assumes where a config.json is silent; a size whose default is None follows from others. `partial_rotary`: a head may be
-    turned in part, by `partial_rotary_factor`.
-
-    `names` turns the table's names of tensors, which are Llama's, into the family's, every piece that is a key at once; parts of a matrix
-    that get one name lie in one tensor, one after the other. Tensors whose name ends in one of `transposed` lie the other way round.
-
-    `expresses` says which shapes transformers' own class of this family accepts, `limits` in words; where a pruned shape falls outside, it is
-    written as the family `otherwise`, which must compute the same function from the same tensors. `layer_types`: config.json says
-    of each layer how far it sees. `following`: further keys, with the field of Arch that each repeats.
-    """
-
-    model_type: str
-    architecture: str
-    sizes: dict[str, str]
-    requires: dict[str, tuple[Any, ...]]
-    defaults: Config
-    flags: dict[str, str] = dataclasses.field(default_factory=dict)
-    fixed: Config = dataclasses.field(default_factory=dict)
-    further: Callable[[Config], Config] = lambda config: {}
-    partial_rotary: bool = False
-    rope_types: tuple[str, ...] = ROPE_TYPES
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    transposed: tuple[str, ...] = ()
-    expresses: Callable[[Arch], bool] = lambda arch: True
-    limits: str = ""
-    otherwise: str | None = None
-    layer_types: bool = False
-    following: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
 _SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -64,6 +24,7 @@ _SIZES = {
     "share_embeddings_and_output_weights": "tie_word_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
+_EXPERTS = {"num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_tok", "moe_ffn_hidden_size": "moe_intermediate_size"}
 _DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "vocab_size": 32000, "hidden_act": "silu"}
 _PLAIN = {"hidden_act": ("silu",), "quantization_config": (None,)}
 _BIASES = {"add_attention_bias": "attention_bias", "add_mlp_bias": "mlp_bias"}
@@ -106,7 +67,7 @@ def _gemma3(config: Config) -> Config:
     """Layers that slide turn by another base, and are five of six unless the config says otherwise."""
     every = config.get("sliding_window_pattern") or 6
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
-    rope = _rope({"rope_parameters": local}, False, ("default",))
+    rope = rope_of({"rope_parameters": local}, False, ("default",))
     return {**_gemma2(config), **_by_layer(config, config["sliding_window"], lambda number: bool((number + 1) % every)), "sliding_rope": rope}
 
 
@@ -115,6 +76,23 @@ def _opt(config: Config) -> Config:
     if projected not in (None, config["hidden_size"]):
         raise RequestError(f"word_embed_proj_dim={projected!r} is not supported: it must be hidden_size={config['hidden_size']}")
     return {}
+
+
+def _qwen_moe(config: Config) -> Config:
+    """Which layers have experts, and whether the chosen ones' weights add up to one."""
+    count, step, dense = config["num_hidden_layers"], config["decoder_sparse_step"], set(config["mlp_only_layers"] or ())
+    if not isinstance(normed := config["norm_topk_prob"], bool):
+        raise RequestError(f"norm_topk_prob={normed!r}: true or false is needed")
+    return {"moe_layers": tuple(n not in dense and (n + 1) % step == 0 for n in range(count)), "moe_router_pre_softmax": not normed}
+
+
+def _qwen2_moe(config: Config) -> Config:
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    return {**_qwen_moe(config), **_by_layer(config, window, lambda number: number % 2 == 0 and number < config["max_window_layers"])}
+
+
+def _qwen3_moe(config: Config) -> Config:
+    return {**_qwen_moe(config), "sliding_window": config["sliding_window"] if config["use_sliding_window"] else None}
 
 
 LLAMA = Family(
@@ -298,7 +276,58 @@ OPT = Family(
     expresses=_whole_heads,
     limits=GPT2.limits,
 )  # fmt: skip
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GPT2, OPT)}
+# every block has experts, so the size of an MLP is that of an expert
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    sizes={**_SIZES, **_EXPERTS, "num_moe_experts": "num_local_experts", "moe_ffn_hidden_size": "intermediate_size"},
+    requires=_PLAIN,
+    defaults={
+        **_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1000000.0, "sliding_window": None,
+        "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    further=lambda config: {"sliding_window": config["sliding_window"]},
+    names={"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    aliases={"num_experts": "num_local_experts"},
+)  # fmt: skip
+_QWEN_MOE = {
+    **_DEFAULTS, "vocab_size": 151936, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False,
+}  # fmt: skip
+# Qwen1.5-MoE and Qwen2-MoE: an expert that all tokens go through beside those of the router
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    sizes={**_SIZES, **_EXPERTS, "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size"},
+    requires=_PLAIN,
+    flags={"add_qkv_bias": "qkv_bias"},
+    defaults={
+        **_QWEN_MOE, "num_key_value_heads": 16, "max_window_layers": 28, "qkv_bias": True,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    },
+    fixed={"moe_shared_expert_gate": True},
+    further=_qwen2_moe,
+    layer_types=True,
+    dense_layers=True,
+)  # fmt: skip
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    sizes={**_SIZES, **_EXPERTS},
+    requires=_PLAIN,
+    flags={"add_attention_bias": "attention_bias"},
+    defaults={
+        **_QWEN_MOE, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+    fixed={"qk_layernorm": True},
+    further=_qwen3_moe,
+    dense_layers=True,
+    aliases={"num_local_experts": "num_experts"},  # as transformers writes it
+)  # fmt: skip
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GPT2, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+}
 
 
 @functools.cache
@@ -316,7 +345,8 @@ def _missing(config: Config) -> str:
     """What of a config that no row reads stands in the way, as far as its words tell."""
     experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
     if experts is not None:
-        return f"; {experts}={config[experts]!r}: no row has experts"
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if "num_moe_experts" in family.sizes))
+        return f"; {experts}={config[experts]!r}: of models with experts, {known} have rows"
     if isinstance(config.get("text_config"), dict):
         return f"; the text model in its text_config is {config['text_config'].get('model_type')!r}: only text models on their own are read"
     return "; docs/guide.md (A family) says how to add a row: it needs the config's keys, the tensors' names and what its layers compute otherwise"
@@ -332,7 +362,7 @@ def from_hf(config: Config, where: str) -> Arch:
         known = ", ".join(sorted(FAMILIES))
         raise RequestError(f"{where}: model_type {model_type!r} is not supported; supported: {known}{_missing(config)}")
     family = FAMILIES[model_type]
-    config = {**family.defaults, **config}
+    config = {**family.defaults, **by_own_names(family, config)}
     check_values(config, family.sizes, where)
     for key, allowed in family.requires.items():
         if config.get(key) not in allowed:
@@ -348,34 +378,13 @@ def from_hf(config: Config, where: str) -> Arch:
     if biases.get("add_attention_bias") and biases.get("add_mlp_bias"):
         biases = {"add_bias_linear": True}
     try:
-        rope = {} if "position_offset" in family.fixed else {"rope": _rope(config, family.partial_rotary, family.rope_types)}
+        rope = {} if "position_offset" in family.fixed else {"rope": rope_of(config, family.partial_rotary, family.rope_types)}
         further = family.further(config)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RequestError(f"{where}: a setting of {model_type} is of the wrong kind: {error}") from error
     return Arch(family=model_type, **{**implied, **given, **biases, **rope, **family.fixed, **further})
-
-
-def _rope(config: Config, partial: bool, kinds: tuple[str, ...]) -> str:
-    """One dict of rotary settings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before); where these are
-    given for each kind of layer, those of layers that see everything."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope = dict(rope.get("full_attention") or rope)
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind or "default")
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if "partial_rotary_factor" in config:
-        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if "original_max_position_embeddings" in config and rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    share = rope.get("partial_rotary_factor", 1.0)
-    if not (isinstance(share, int | float) and 0 < share <= 1) or (share < 1 and not partial):
-        allowed = "above 0, at most 1" if partial else "1.0"
-        raise RequestError(f"partial_rotary_factor={share!r} is not supported; allowed: {allowed}")
-    if rope["rope_type"] not in kinds:
-        raise RequestError(f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(kinds)}")
-    return json.dumps(rope, sort_keys=True)
 
 
 def written_as(arch: Arch) -> Family:
@@ -401,10 +410,12 @@ def to_hf(arch: Arch, source: Config) -> Config:
     """The config.json of a model of this architecture: `source` (the original's content) with the sizes of `arch`."""
     family = written_as(arch)
     keys = [*family.sizes.items(), *((field, key) for key, field in family.following.items())]
-    config = {**source, **{key: getattr(arch, field) for field, key in keys}}
+    config = {**by_own_names(family, source), **{key: getattr(arch, field) for field, key in keys}}
     config.update(model_type=family.model_type, architectures=[family.architecture])
     if family.layer_types:
         config["layer_types"] = ["sliding_attention" if arch.slides(number) else "full_attention" for number in range(arch.num_layers)]
+    if family.dense_layers:
+        config.update(mlp_only_layers=[number for number in range(arch.num_layers) if not arch.routes(number)], decoder_sparse_step=1)
     if family.model_type != arch.family:
         # settings that the other class would read with another default of its own
         config.update({key: allowed[0] for key, allowed in family.requires.items() if key not in source})

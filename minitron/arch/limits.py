@@ -5,15 +5,16 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minitron.arch.arch import Arch
+from minitron.arch.arch import EXPERTS, Arch
 from minitron.errors import RequestError
 
 # far above any model there is, far below what a loop or an allocation would not come back from
 LARGEST = {
     "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16, "num_query_groups": 1 << 16,
     "kv_channels": 1 << 16, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 31,
+    "num_moe_experts": 1 << 14, "moe_router_topk": 1 << 14, "moe_ffn_hidden_size": 1 << 24, "moe_shared_expert_intermediate_size": 1 << 24,
 }  # fmt: skip
-KINDS = {field.name: field.type for field in dataclasses.fields(Arch)}
+KINDS = {field.name: int if field.name in EXPERTS else field.type for field in dataclasses.fields(Arch)}
 ROTARY, POSITIVE = ("rope_parameters", "rope_scaling"), ("rope_theta", "factor")
 # what the formulas of a rotary kind read without a default
 READ = {

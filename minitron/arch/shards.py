@@ -10,7 +10,7 @@ import itertools
 import math
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import Dim, Parameter, dim_size, num_units
+from minitron.arch.axes import At, Dim, Parameter, dim_size, num_units
 from minitron.errors import RequestError, refuse
 
 
@@ -36,15 +36,22 @@ def stage_of(layer: int, num_layers: int, pp: int, vpp: int) -> int:
     return next(stage % pp for stage, layers in enumerate(stage_layers(num_layers, pp * vpp)) if layer in layers)
 
 
+def neurons(arch: Arch) -> dict[str, int]:
+    """The sizes of the MLPs that a model has: of dense blocks, of an expert, of the shared expert."""
+    names = ["ffn_hidden_size"] * arch.has_dense_blocks + ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]
+    return {name: size for name in names if (size := getattr(arch, name)) is not None}
+
+
 @functools.lru_cache(maxsize=4096)
 def padded(arch: Arch, tp: int) -> Arch:
     """`arch` (of one block's sizes) with dead KV groups and vocabulary rows, so that both divide by `tp` ranks.
 
-    Raises RequestError where the MLP does not divide: a dead neuron would be exact too, but a size that suits no
+    Raises RequestError where an MLP, or an expert, does not divide: a dead neuron would be exact too, but a size that suits no
     kernel is more likely a slip; and where a rank would have no part of the vocabulary.
     """
-    if arch.ffn_hidden_size % tp:
-        raise refuse("ffn_hidden_size", arch.ffn_hidden_size, f"must be divisible by parallel.tp={tp}")
+    for name, size in neurons(arch).items():
+        if size % tp:
+            raise refuse(name, size, f"must be divisible by parallel.tp={tp}")
     if math.ceil(arch.vocab_size / tp) * (tp - 1) >= arch.vocab_size:
         raise refuse("parallel.tp", tp, f"the last rank would have none of the {arch.vocab_size} tokens of the vocabulary")
     groups = math.ceil(arch.num_query_groups / tp) * tp
@@ -53,6 +60,24 @@ def padded(arch: Arch, tp: int) -> Arch:
         num_attention_heads=groups * arch.heads_per_group,
         vocab_size=math.ceil(arch.vocab_size / tp) * tp,
     )
+
+
+def held_experts(arch: Arch, ep: int, ep_rank: int) -> range:
+    """The experts of a block that a rank holds, whole ones in their order; none where there are none.
+
+    Raises RequestError where ranks would hold different numbers of them, or where there are none to share out.
+    """
+    if ep > 1 and arch.num_moe_experts is None:
+        raise refuse("parallel.ep", ep, "must be 1 for a model without experts")
+    if (arch.num_moe_experts or 0) % ep:
+        raise refuse("parallel.ep", ep, f"must divide num_moe_experts={arch.num_moe_experts}")
+    held = (arch.num_moe_experts or 0) // ep
+    return range(ep_rank * held, (ep_rank + 1) * held)
+
+
+def expert_rank(at: At, arch: Arch, ep: int) -> int:
+    """The expert rank that holds a parameter of an expert; 0 speaks for what all of them hold."""
+    return 0 if at.expert is None else at.expert // len(held_experts(arch, ep, 0))
 
 
 def held_units(dim: Dim, arch: Arch, tp: int, tp_rank: int, sharded: bool) -> tuple[range, int]:

@@ -83,7 +83,7 @@ class Parallel:
     pp: int = setting(1, "pipeline stages", least=1)
     vpp: int = setting(1, "virtual stages (model chunks) per pipeline rank", least=1)
     cp: int = setting(1, "context-parallel ranks", least=1)
-    ep: int = setting(1, "expert-parallel ranks; only 1 works: no model with experts is supported yet", least=1)
+    ep: int = setting(1, "expert-parallel ranks, out of the data- and context-parallel ones: each holds so many of the experts", least=1)
     sp: bool = setting(False, "sequence parallelism: activations outside the matrices split over the tensor ranks")
     timeout_minutes: float = setting(30.0, "a collective that waits longer than this for another rank ends the run", above=0)
     start_minutes: float = setting(5.0, "at the start, ranks that are not all there and in reach of one another after this end the run", above=0)
@@ -93,6 +93,7 @@ class Parallel:
 class TeacherParallel:
     tp: int | None = setting(None, "tensor-parallel ranks of the teacher (null: the student's)", least=1)
     pp: int | None = setting(None, "pipeline stages of the teacher (null: the student's)", least=1)
+    ep: int | None = setting(None, "expert-parallel ranks of the teacher (null: the student's)", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,8 +433,7 @@ class Config:
 
     @property
     def teacher_parallel(self) -> Parallel:
-        """The teacher's layout: the student's, or with other tensor ranks or stages and then neither virtual stages nor sequence parallelism."""
-        own = self.teacher.parallel
-        tp, pp = own.tp or self.parallel.tp, own.pp or self.parallel.pp
-        same = (tp, pp) == (self.parallel.tp, self.parallel.pp)
-        return self.parallel if same else dataclasses.replace(self.parallel, tp=tp, pp=pp, vpp=1, sp=False)
+        """The teacher's layout: the student's, or with other ranks or stages and then neither virtual stages nor sequence parallelism."""
+        own = {name: size for name in ("tp", "pp", "ep") if (size := getattr(self.teacher.parallel, name)) is not None}
+        same = all(getattr(self.parallel, name) == size for name, size in own.items())
+        return self.parallel if same else dataclasses.replace(self.parallel, **own, vpp=1, sp=False)

@@ -107,7 +107,7 @@ class ForeignTeacher:
         all_NBS = engine.every_replica(mine_MBS, self.student_world).flatten(0, 1)
         numbers = self.relay.share(len(all_NBS))  # none where the teacher has more replicas than there is to do
         share, documents = [all_NBS[number] for number in numbers], self._documents(batches, numbers)
-        found_SBG = engine.forward_only(self.model, share, self.world, lambda _, hidden_SBG: hidden_SBG, documents_BS=documents) if share else []
+        found_SBG = engine.forward_only(self.model, share, self.world, lambda _, hidden_SBG: hidden_SBG, documents_BS=documents)
         _, batch, length = mine_MBS.shape
         shape_SBG = (length // self.world.cp, batch, self.model.arch.hidden_size)
         arrived_SBG = self.relay.carry(found_SBG, len(all_NBS), torch.empty(shape_SBG, dtype=self.model.config.params_dtype, device="meta"))

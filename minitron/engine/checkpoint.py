@@ -101,8 +101,8 @@ def fill(model: Model, tensors: dict[str, Any]) -> None:
 def empty_model(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", recompute: str = "none") -> Model:
     """A model whose parameters are allocated and zero."""
     model = skeleton(arch, world, dtype, spec, recompute)
-    for name, row, layer in rows(model):
-        put(model, name, row, layer, torch.zeros(shard_shape(row, arch.layer(layer), world.tp), dtype=dtype, device=world.device))
+    for name, row, at in rows(model):
+        put(model, name, row, at, torch.zeros(shard_shape(row, arch.layer(at.layer), world.tp), dtype=dtype, device=world.device))
     return model
 
 

@@ -125,6 +125,43 @@ def _tagged_p2p_ops(*, tensor_send_prev: Any, tensor_recv_prev: Any, tensor_send
     return [post(tensor, peer, group=group, tag=tag) for post, tensor, peer, tag in posts if tensor is not None]
 
 
+def _gather_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Parts of different lengths from every rank, which gloo gathers all to all alone: each rank's part goes to all."""
+
+    def gather(mine: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return original(mine, group, output_split_sizes, use_global_buffer)
+        whole = mine.new_empty(sum(output_split_sizes), *mine.shape[1:])
+        everywhere = mine.repeat(group.size(), *[1] * (mine.dim() - 1))
+        dist.all_to_all_single(whole, everywhere, output_split_sizes, [len(mine)] * group.size(), group=group)
+        return whole
+
+    return gather
+
+
+def _reduce_scatter_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The sum of every rank's parts for this one, where parts differ in length: they come all to all."""
+
+    def reduce_scatter(whole: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return original(whole, group, input_split_sizes, use_global_buffer)
+        length = input_split_sizes[group.rank()]
+        parts = whole.new_empty(group.size() * length, *whole.shape[1:])
+        dist.all_to_all_single(parts, whole.contiguous(), [length] * group.size(), input_split_sizes, group=group)
+        return parts.view(group.size(), length, *whole.shape[1:]).sum(dim=0)
+
+    return reduce_scatter
+
+
+def _all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo takes the lengths of parts as lists of whole numbers alone; Megatron has them in arrays."""
+
+    def exchange(group: Any, mine: torch.Tensor, output_sizes: Any = None, input_sizes: Any = None) -> Any:
+        return original(group, mine, *([int(size) for size in sizes] if sizes is not None else None for sizes in (output_sizes, input_sizes)))
+
+    return exchange
+
+
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
     """Run Megatron-Core on the CPU inside this block. Nothing of it remains afterwards, whatever happened inside."""
@@ -145,6 +182,11 @@ def on_host() -> Iterator[None]:
         p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
         for name in ("_p2p_ops", "_batched_p2p_ops"):
             put(p2p, name, _tagged_p2p_ops)
+        mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+        put(mappings, "_gather_along_first_dim", _gather_first(mappings._gather_along_first_dim))
+        put(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_first(mappings._reduce_scatter_along_first_dim))
+        dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+        put(dispatcher, "all_to_all", _all_to_all(dispatcher.all_to_all))
         host_torch = _torch_with_host_factories()
         for module in map(importlib.import_module, LITERALS):
             put(module, "torch", host_torch)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from minitron.engine.batch import to_device
 from minitron.engine.model import Model
-from minitron.engine.parallel import World
+from minitron.engine.parallel import World, most_of_expert_ranks
 from minitron.engine.schedule import forward_only, in_passes, local_part, whole_sequence
 from minitron.engine.scoring import from_last_stages
 from minitron.engine.vocab import judged_tokens, live_head
@@ -89,10 +89,10 @@ def write_greedily(
     waiting = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))[world.dp_rank :: world.dp]
     written: dict[int, list[int]] = {number: [] for number in waiting}
     at_once = 1 if world.pp == 1 else 4 * world.pp  # microbatches that keep pipeline stages busy
-    while waiting:
-        most = max(1, tokens // len(prompts[waiting[0]])) * at_once
+    while most_of_expert_ranks(len(waiting), world):
+        most = max(1, tokens // len(prompts[waiting[0]])) * at_once if waiting else 0
         writing, waiting = waiting[:most], waiting[most:]
-        while writing:
+        while most_of_expert_ranks(len(writing), world):
             found = next_tokens(model, [prompts[number] + written[number] for number in writing], world, tokens, multiple_of)
             for number, token in zip(writing, found, strict=True):
                 written[number].append(token)
@@ -110,7 +110,7 @@ def write_greedily(
 
 def next_tokens(model: Model, texts: Sequence[list[int]], world: World, tokens: int, multiple_of: int) -> list[int]:
     """The most probable token after each text, on every rank of a replica."""
-    length = multiple_of * math.ceil(max(map(len, texts)) / multiple_of)
+    length = multiple_of * math.ceil(max(map(len, texts), default=1) / multiple_of)
     most = max(1, tokens // length)
     found_N = torch.zeros(len(texts), dtype=torch.int64, device=world.device)
     batches = []

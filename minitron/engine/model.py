@@ -15,9 +15,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import GATE_UP, PARAMETERS, POSITIONS, Indices, Parameter
+from minitron.arch.axes import PARAMETERS, POSITIONS, At, Dim, Indices, Parameter
 from minitron.arch.shards import padded, shard_shape
 from minitron.engine.attention import Rotary, sequence_part
+from minitron.engine.experts import whole_tokens
 from minitron.engine.offload import HostWeights
 from minitron.engine.parallel import World, inside
 from minitron.engine.specs import SPECS, rope_settings, transformer_config
@@ -56,9 +57,15 @@ class Model(torch.nn.ModuleList):
     def __init__(self, chunks: list[Chunk], arch: Arch) -> None:
         super().__init__(chunks)
         self.arch = arch
-        # where pruning over tensor ranks left an axis' units out of ascending order: "ffn.3" -> their original numbers, as they lie
+        # where pruning over tensor ranks left an axis' units out of ascending order: "ffn.3" -> their original numbers, as they lie; of units that
+        # each expert has, a row per expert
         self.unit_order: dict[str, Indices] = {}
         self.host: HostWeights | None = None
+
+    def order(self, dim: Dim, at: At) -> Indices | None:
+        """The original numbers of the units of a dim of one parameter, as they lie over the tensor ranks; None where that is ascending."""
+        order = self.unit_order.get(f"{dim.axis}.{at.layer}")
+        return order[at.expert] if order is not None and order.ndim == 2 else order
 
     def offload(self, device: torch.device) -> None:
         """From here on the weights, which nothing may change any more, lie in host memory but while `on_device` holds them on the device."""
@@ -121,6 +128,8 @@ def skeleton(arch: Arch, world: World, dtype: torch.dtype, spec: str = "torch", 
         chunks.append(chunk)
     model = Model(chunks, arch)
     for number, block in model.blocks():
+        if arch.routes(number) and world.tp > 1 and not world.sequence_parallel:
+            whole_tokens(block.mlp, world.groups)
         if arch.sliding_rope and arch.slides(number):
             block.self_attention.rotary = Rotary(rope_settings(arch, sliding=True), world.device, world.cp, world.cp_rank)
     return model
@@ -142,27 +151,29 @@ def scaled(module: Any, args: tuple[Any, ...], embedded_SBH: torch.Tensor) -> to
 
 
 @functools.cache
-def rows_by_name(arch: Arch) -> dict[str, Parameter]:
-    """The rows of a model of this architecture by both of their names."""
-    mine = [row for row in PARAMETERS if row.exists(arch)]
+def rows_by_name(block: Arch) -> dict[str, Parameter]:
+    """The rows of a block of these sizes, and those outside the blocks, by both of their names."""
+    mine = [row for row in PARAMETERS if row.exists(block)]
     return {row.name: row for row in mine} | {row.fused: row for row in mine if row.fused}
 
 
-def table_row(name: str, model: Model) -> tuple[Parameter, int | None]:
-    """The row of the table, and the layer's number in the whole model, of a parameter's local name."""
-    known = rows_by_name(model.arch)
+def table_row(name: str, model: Model) -> tuple[Parameter, At]:
+    """The row of the table of a parameter's local name, and which of it that is in the whole model."""
+    arch = model.arch
     chunk, _, name = name.partition(".")
-    if name == "output_layer.weight" and model.arch.share_embeddings_and_output_weights:
-        return known["embedding.word_embeddings.weight"], None  # the last stage's copy of a tied embedding
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if name == "output_layer.weight" and arch.share_embeddings_and_output_weights:
+        return rows_by_name(arch)["embedding.word_embeddings.weight"], At()  # the last stage's copy of a tied embedding
+    match = re.match(r"(decoder\.layers\.)(\d+)(\..*?local_experts\.|\.)(?:(\d+)\.)?(.*)", name)
     if match is None:
-        return known[name], None
-    layer = model.chunks[int(chunk)].decoder.layers[int(match.group(1))].layer_number - 1
-    return known[f"decoder.layers.{{layer}}.{match.group(2)}"], layer
+        return rows_by_name(arch)[name], At()
+    block, local = model.chunks[int(chunk)].decoder.layers[int(match[2])], match[4]
+    layer = block.layer_number - 1
+    expert = None if local is None else block.mlp.local_expert_indices[int(local)]
+    return rows_by_name(arch.layer(layer))[f"{match[1]}{{layer}}{match[3]}{'' if local is None else '{expert}.'}{match[5]}"], At(layer, expert)
 
 
-def rows(model: Model) -> Iterator[tuple[str, Parameter, int | None]]:
-    """(local name, row of the table, layer's number in the whole model) of every parameter this rank holds."""
+def rows(model: Model) -> Iterator[tuple[str, Parameter, At]]:
+    """(local name, row of the table, which of it in the whole model) of every parameter this rank holds."""
     for name, _ in list(model.named_parameters()):
         yield (name, *table_row(name, model))
 
@@ -172,12 +183,12 @@ def is_copy(name: str, model: Model) -> bool:
     return name.endswith(".output_layer.weight") and model.arch.share_embeddings_and_output_weights
 
 
-def put(model: Model, name: str, row: Parameter, layer: int | None, tensor: torch.Tensor) -> None:
+def put(model: Model, name: str, row: Parameter, at: At, tensor: torch.Tensor) -> None:
     """Set a parameter of this rank. Shape is asserted; marks that Megatron set on the skeleton are kept."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = getattr(owner, attribute)
-    expected = shard_shape(row, model.arch.layer(layer), model.config.tensor_model_parallel_size)
+    expected = shard_shape(row, model.arch.layer(at.layer), model.config.tensor_model_parallel_size)
     assert tuple(tensor.shape) == expected == tuple(old.shape), f"{name}: {tuple(tensor.shape)}, expected {expected}"
     new = torch.nn.Parameter(tensor)
     new.__dict__.update(old.__dict__)
@@ -185,7 +196,7 @@ def put(model: Model, name: str, row: Parameter, layer: int | None, tensor: torc
     for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         new.__dict__.pop(mark, None)
     if row.tp_dim is not None:
-        set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0] == GATE_UP else 1)
+        set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0].by == "part" else 1)
     elif row.dims[0] != POSITIONS:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is
         new.__dict__["sequence_parallel"] = model.config.sequence_parallel  # summed over them (positions are looked up before it is divided)
     setattr(owner, attribute, new)

@@ -46,6 +46,8 @@ class World:
     dp_rank: int
     cp: int
     cp_rank: int
+    ep: int
+    ep_rank: int
     vpp: int
     sequence_parallel: bool
     groups: ProcessGroupCollection
@@ -68,6 +70,11 @@ class World:
     def is_last_stage(self) -> bool:
         """Holds the final norm and the head, and computes losses."""
         return self.pp_rank == self.pp - 1
+
+    @property
+    def replica(self) -> int:
+        """Its number among the ranks that hold the same shards of all but experts: those of the context, then of the data."""
+        return self.dp_rank * self.cp + self.cp_rank
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -147,6 +154,7 @@ def _make_groups(parallel: Parallel, device: torch.device) -> None:
         parallel.pp,
         parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
         distributed_timeout_minutes=parallel.timeout_minutes,
         create_gloo_process_groups=device.type != "cpu",  # on the CPU every group is a gloo group already
     )
@@ -166,6 +174,8 @@ def _placed(parallel: Parallel, device: torch.device, patient: Any, alone: list[
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp=parallel.cp,
         cp_rank=parallel_state.get_context_parallel_rank(),
+        ep=parallel.ep,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         vpp=parallel.vpp,
         sequence_parallel=parallel.sp,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
@@ -199,14 +209,15 @@ def _stop(lookout: Lookout, error: BaseException | None) -> None:
         raise lost from error
 
 
-def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -> torch.Tensor | None:
-    """The whole of a tensor on rank 0, None elsewhere. Called by every rank; the ranks of one pipeline stage hold the same parameters.
+def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None, ep_rank: int = 0) -> torch.Tensor | None:
+    """The whole of a tensor on rank 0, None elsewhere. Called by every rank; the ranks of one pipeline stage hold the same parameters, but
+    for those of an expert, which the ones with its `ep_rank` hold.
 
     `tensor` is this rank's shard along `dim` (None: every tensor rank holds the same), or None on the pipeline stages that
-    don't hold it. The first data-parallel replica of the first stage that does speaks.
+    don't hold it. The first replica of the first stage that does speaks.
     """
-    stage = _first_holder(tensor is not None, world)
-    first_replica = world.dp_rank == 0 and world.cp_rank == 0
+    stage = _first_holder(tensor is not None, world, ep_rank)
+    first_replica = world.replica == ep_rank  # expert ranks are the first of those that hold the same shards of all else
     speaks = first_replica and world.pp_rank == stage
     whole = None
     if speaks and tensor is not None:
@@ -217,31 +228,33 @@ def gather_to_main(tensor: torch.Tensor | None, world: World, dim: int | None) -
             dist.gather(tensor.contiguous(), shards, dst=dist.get_global_rank(world.groups.tp, 0), group=world.groups.tp)
             whole = torch.cat(shards, dim) if shards else None
     if stage > 0 and first_replica and world.tp_rank == 0:
-        whole = _send_to_first_stage(whole, stage, world)
+        whole = _send_to_first(whole, stage, world.groups.pp, world)
+    if ep_rank > 0 and world.replica < world.ep and world.pp_rank == 0 and world.tp_rank == 0:
+        whole = _send_to_first(whole, ep_rank, world.groups.ep, world)
     return whole if world.is_main else None
 
 
-def _first_holder(holds: bool, world: World) -> int:
-    """The lowest pipeline stage that holds something."""
+def _first_holder(holds: bool, world: World, ep_rank: int) -> int:
+    """The lowest pipeline stage on which the ranks with this number hold something."""
     if world.pp == 1:
         return 0
-    flag = torch.tensor([world.pp_rank if holds else world.pp], device=world.device)
+    flag = torch.tensor([world.pp_rank if holds and world.ep_rank == ep_rank else world.pp], device=world.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=world.groups.pp)
     return int(flag.item())
 
 
-def _send_to_first_stage(whole: torch.Tensor | None, stage: int, world: World) -> torch.Tensor | None:
-    """Ship a tensor from pipeline stage `stage` to stage 0 (this rank is on one of the two, or not concerned)."""
-    source, target = (dist.get_global_rank(world.groups.pp, s) for s in (stage, 0))
+def _send_to_first(whole: torch.Tensor | None, place: int, group: Any, world: World) -> torch.Tensor | None:
+    """Ship a tensor from the rank at a place of a group to its first one (this rank is one of the two, or not concerned)."""
+    source, target = (dist.get_global_rank(group, rank) for rank in (place, 0))
     box = [None if whole is None else (whole.shape, whole.dtype)]
-    dist.broadcast_object_list(box, src=source, group=world.groups.pp)
+    dist.broadcast_object_list(box, src=source, group=group)
     if world.rank == source and whole is not None:
-        dist.send(whole.contiguous(), dst=target, group=world.groups.pp)
+        dist.send(whole.contiguous(), dst=target, group=group)
     if world.rank == target:
         assert box[0] is not None
         shape, dtype = box[0]
         whole = torch.empty(shape, dtype=dtype, device=world.device)
-        dist.recv(whole, src=source, group=world.groups.pp)
+        dist.recv(whole, src=source, group=group)
     return whole
 
 
@@ -374,6 +387,15 @@ def least(value: int, world: World) -> int:
         return value
     found = torch.tensor([value], device=world.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found.item())
+
+
+def most_of_expert_ranks(value: int, world: World) -> int:
+    """The largest of the whole numbers of the ranks that share out the experts, on each of them."""
+    if world.ep == 1:
+        return value
+    found = torch.tensor([value], device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=world.groups.ep)
     return int(found.item())
 
 

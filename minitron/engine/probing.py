@@ -14,6 +14,7 @@ Legend: B microbatch, S sequence (a rank's part under sequence and context paral
 K = streams x B.
 """
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -73,8 +74,10 @@ def one_pass(model: Model, group: Sequence[Scored], world: World, probes: Sequen
         found = streams(chunk, inputs_BS, world, probes)
         if not chunk.post_process:
             return torch.cat(list(found), dim=1), nothing_to_collect
-        batch = group[min(number, len(group) - 1)]
-        sums_PB = torch.cat([sums_of(hidden_SKH, batch) for hidden_SKH in found])
+        if number >= len(group):  # it only fills up
+            collections.deque(found, maxlen=0)
+            return torch.zeros(()), nothing_to_collect
+        sums_PB = torch.cat([sums_of(hidden_SKH, group[number]) for hidden_SKH in found])
         return sums_PB, lambda sums_PB, non_loss_data: sums_PB
 
     def sums_of(hidden_SKH: Tensor, batch: Scored) -> Tensor:

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from minitron.engine.attention import documents_mask, sequence_part, whole_context
 from minitron.engine.batch import Batch, to_device
 from minitron.engine.model import Chunk, Model
-from minitron.engine.parallel import World, inside
+from minitron.engine.parallel import World, inside, most_of_expert_ranks
 
 Tensor = torch.Tensor
 Item = TypeVar("Item")
@@ -43,7 +43,8 @@ def forward_only(
 ) -> list[Any]:
     """Run input tokens [B, S] through the model without gradients; all microbatches have one shape.
 
-    `documents_BS`: of each microbatch, as in `Batch` (None: every position sees all before it).
+    `documents_BS`: of each microbatch, as in `Batch` (None: every position sees all before it). Ranks that share out the experts call it together;
+    they may have different numbers of microbatches, or none.
     `collect(microbatch, hidden_SBH)` is called with the last hidden states (after the final norm) on the last stage; what it
     returns is returned, one entry per microbatch, there and nowhere else.
     """
@@ -56,9 +57,12 @@ def forward_only(
             hidden_SBH = run_chunk(chunk, inputs, world)
         return hidden_SBH, lambda hidden_SBH, non_loss_data: collect(number, hidden_SBH) if collect is not None and number < count else None
 
+    filled = fill_up(inputs, world)
+    if not filled:
+        return []
     model.eval()
     with torch.no_grad(), model.on_device():
-        results: list[Any] = run_schedule(model.chunks, step, fill_up(inputs, world), world, forward_only=True)
+        results: list[Any] = run_schedule(model.chunks, step, filled, world, forward_only=True)
     return results[:count]
 
 
@@ -134,15 +138,35 @@ def run_schedule(chunks: list[Any], step: Callable[..., Any], microbatches: Sequ
         )
 
 
-def fill_up(microbatches: Sequence[Item], world: World) -> Sequence[Item]:
-    """The interleaved schedule wants a multiple of the stages: the last microbatch is repeated, and what comes of it dropped."""
-    missing = -len(microbatches) % world.pp if world.vpp > 1 else 0
-    return [*microbatches, *[microbatches[-1]] * missing]
+def fill_up(microbatches: Sequence[Inputs], world: World) -> Sequence[Inputs]:
+    """With the last microbatch repeated, so that every rank passes as many as its schedule and its peers need; what comes of those is dropped.
+
+    The interleaved schedule wants a multiple of the stages. Where ranks share out the experts, each sends its tokens to all of them in every pass:
+    one without a microbatch passes a few tokens of its own.
+    """
+    count = most_of_expert_ranks(len(microbatches), world)
+    count += -count % world.pp if world.vpp > 1 else 0
+    missing = count - len(microbatches)
+    return [*microbatches, *[microbatches[-1] if microbatches else (least_tokens(world), None)] * missing]
+
+
+def least_tokens(world: World) -> Tensor:
+    """The shortest sequence that the ranks which share one can, [1, S]."""
+    return torch.zeros(1, (2 * world.cp if world.cp > 1 else 1) * (world.tp if world.sequence_parallel else 1), dtype=torch.int64)
 
 
 def in_passes(items: Iterable[Item], world: World, shape: Callable[[Item], Any]) -> Iterator[list[Item]]:
-    """Microbatches in the groups that one forward pass takes: of one shape, and enough that pipeline stages are busy most of the time."""
-    limit = 1 if world.pp == 1 else 4 * world.pp
+    """Microbatches in the groups that one forward pass takes: of one shape, and enough that pipeline stages are busy most of the time.
+
+    Where ranks share out the experts they go on until all are done: one that has no more gets empty groups, and must pass these too.
+    """
+    groups = groups_of_one_shape(items, 1 if world.pp == 1 else 4 * world.pp, shape)
+    while most_of_expert_ranks(len(group := next(groups, [])), world):
+        yield group
+
+
+def groups_of_one_shape(items: Iterable[Item], limit: int, shape: Callable[[Item], Any]) -> Iterator[list[Item]]:
+    """Runs of items of one shape, at most `limit` long."""
     group: list[Item] = []
     for item in items:
         if group and (len(group) == limit or shape(item) != shape(group[0])):

@@ -18,10 +18,12 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from minitron.arch.arch import Arch
-from minitron.arch.shards import padded, stage_layers
+from minitron.arch.shards import held_experts, padded, stage_layers
 from minitron.engine.attention import Attention, BlockAttention, Norm, NormedRowParallelLinear, PostNorm, Rotary
+from minitron.engine.experts import expert_settings, expert_spec
 from minitron.engine.parallel import World
 from minitron.errors import refuse
 
@@ -45,6 +47,7 @@ class BlockConfigs(TransformerConfig):
     blocks: tuple[Arch, ...] = ()
     add_attention_bias: bool = False
     attention_softcap: float | None = None
+    weights_of_all: bool = False  # a router's weights are parts of a softmax over all experts
     post_norm: Any = None  # the norm of what either half of a block puts out
 
     def get_config_for_layer(self, layer_number: int) -> "BlockConfigs":
@@ -58,7 +61,7 @@ class BlockConfigs(TransformerConfig):
 
 def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, recompute: str = "none") -> BlockConfigs:
     """Megatron's own settings for this architecture, layout and spec; `recompute` as train.recompute says."""
-    whole = padded(arch, world.tp)
+    whole, _ = padded(arch, world.tp), held_experts(arch, world.ep, world.ep_rank)  # both refuse what does not divide
     config = BlockConfigs(
         num_layers=whole.num_layers,
         hidden_size=whole.hidden_size,
@@ -71,6 +74,8 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
         virtual_pipeline_model_parallel_size=world.vpp if world.vpp > 1 else None,
         pipeline_model_parallel_layout=pipeline_layout(arch, world),
         context_parallel_size=world.cp,
+        expert_model_parallel_size=world.ep,
+        **expert_settings(arch),
         sequence_parallel=world.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -108,6 +113,7 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
     if (factor := rope_factor(arch)) != 1.0:  # Megatron makes its factor on cos and sin of these three: here, 1 + 0.1 x mscale x log(scaling)
         config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
     config.add_attention_bias, config.attention_softcap = arch.attention_bias, arch.attention_softcap
+    config.weights_of_all = arch.moe_router_pre_softmax
     config.post_norm = (Norm if spec == "torch" else transformer_engine_norm()) if arch.post_norms else None
     config.heterogeneous_block_specs = bool(arch.layers)
     config.blocks = tuple(padded(arch.layer(number), world.tp) for number in range(arch.num_layers))
@@ -117,9 +123,10 @@ def transformer_config(arch: Arch, world: World, dtype: torch.dtype, spec: str, 
 def recomputed(recompute: str, arch: Arch) -> dict[str, Any]:
     """train.recompute in Megatron's words. An MLP with biases is left out of `selective`: Megatron's checkpoint of it would give out a bias, which
     is a parameter, as something that it computed, and the process ends in the backward pass."""
+    halves = ["core_attn", *([] if arch.mlp_bias else ["mlp"]), *(["moe"] if arch.num_moe_experts is not None else [])]
     words: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *([] if arch.mlp_bias else ["mlp"])]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": halves},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return words[recompute]
@@ -158,24 +165,30 @@ def torch_spec(config: BlockConfigs, vp_stage: int | None) -> TransformerBlockSu
     """Blocks of plain torch modules, every norm a module of its own, so that a plain hook sees what it puts out."""
     last = NormedRowParallelLinear if config.post_norm else RowParallelLinear
     of_heads = Norm if config.qk_layernorm else None
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=ModuleSpec(
-                module=BlockAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=last, q_layernorm=of_heads, k_layernorm=of_heads
+    mlps = {False: ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=last)), True: expert_spec()}
+    kinds = {
+        routes: ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=Norm,
+                self_attention=ModuleSpec(
+                    module=BlockAttention,
+                    params={"attn_mask_type": AttnMaskType.causal},
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=last, q_layernorm=of_heads, k_layernorm=of_heads
+                    ),
                 ),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=Norm,
+                mlp=mlp,
+                mlp_bda=get_bias_dropout_add,
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=last)),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+        )
+        for routes, mlp in mlps.items()
+    }
+    first = get_transformer_layer_offset(config, vp_stage)
+    blocks = config.blocks[first : first + get_num_layers_to_build(config, vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=[kinds[block.num_moe_experts is not None] for block in blocks], layer_norm=Norm)
 
 
 def transformer_engine_norm() -> Any:
@@ -216,6 +229,8 @@ def pick_spec(setting: str, world: World, arch: Arch, separate_documents: bool =
         reason = "the package transformer-engine is not installed"
     elif separate_documents:
         reason = "Transformer Engine's attention is not told of the documents of data.separate_documents=true"
+    elif arch.num_moe_experts is not None:
+        reason = "experts are of torch's modules alone here"
     elif arch.attention_softcap is not None:
         reason = "Transformer Engine's attention has no softcap on its scores"
     elif world.cp > 1 and arch.sliding_window is not None:

@@ -129,9 +129,10 @@ def magnitude_scores(model: engine.Model, world: engine.World) -> dict[str, Tens
     arch = model.arch
     squares: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
-    for name, row, layer in engine.rows(model):
+    for name, row, at in engine.rows(model):
         if engine.is_copy(name, model):
             continue  # a copy of what the first stage counts
+        layer = at.layer
         weight = model.get_parameter(name).detach().double()
         for index, dim in enumerate(row.dims):
             units_UPR = to_units(weight, index, dim, arch)

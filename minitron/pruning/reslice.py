@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from minitron import engine
-from minitron.arch.arch import Arch
-from minitron.arch.axes import CUT, PARAMETERS, QKV, Dim, Indices, Parameter, dim_rows, num_units
+from minitron.arch.arch import OF_LAYERS, Arch
+from minitron.arch.axes import CUT, PARAMETERS, QKV, At, Dim, Indices, Parameter, dim_rows, num_units
 from minitron.arch.shards import held_units, shard_shape, stage_of
 from minitron.arch.units import to_units
 from minitron.pruning.balance import Plan, balance
@@ -36,15 +36,15 @@ def reslice(
     pruned = engine.skeleton(target, world, model.config.params_dtype, spec, recompute)
     taken = release if empty else parameter_of
     plans = Plans(keep, original, world, model.unit_order)
-    old_names = {(row.name, layer): name for name, row, layer in engine.rows(model)}
-    new_names = {(row.name, layer): name for name, row, layer in engine.rows(pruned)}
+    old_names = {(row.name, at.layer): name for name, row, at in engine.rows(model)}
+    new_names = {(row.name, at.layer): name for name, row, at in engine.rows(pruned)}
     for (_, layer), name in old_names.items():
         if empty and layer is not None and layer not in keep.layers:
             release(model, name)
-    for name, row, layer in engine.rows(pruned):
-        if layer is None:  # the last stage's copy of a tied embedding has the name it had
+    for name, row, at in engine.rows(pruned):
+        if at.layer is None:  # the last stage's copy of a tied embedding has the name it had
             old_name = name if engine.is_copy(name, pruned) else old_names[row.name, None]
-            engine.put(pruned, name, row, None, cut(taken(model, old_name), row, None, keep, original, plans, world))
+            engine.put(pruned, name, row, at, cut(taken(model, old_name), row, None, keep, original, plans, world))
     block_rows = [row for row in PARAMETERS if row.per_layer and row.exists(original)]
     for layer, source, destination in journeys(keep, original, target, world):
         if world.pp_rank not in (source, destination):
@@ -58,7 +58,7 @@ def reslice(
                 shape = shard_shape(row, target.layer(layer), world.tp)
                 tensor = engine.move_between_stages(tensor, source, destination, shape, model.config.params_dtype, world)
             if tensor is not None:
-                engine.put(pruned, new_names[row.name, layer], row, layer, tensor)
+                engine.put(pruned, new_names[row.name, layer], row, At(layer), tensor)
                 if row.tp_dim is not None and (order := plans.order(row.dims[row.tp_dim], old_layer)) is not None:
                     pruned.unit_order[f"{row.dims[row.tp_dim].axis}.{layer}"] = order
     # rank 0 writes the layers of every stage, so it knows the order of all
@@ -68,8 +68,9 @@ def reslice(
 
 
 def of_kept(target: Arch, original: Arch, keep: Keep) -> Arch:
-    """`target` with what is known of it only when it is known which layers stay: how far each of them sees."""
-    return target.replace(sliding=original.of_layers(keep.layers.tolist()).sliding)
+    """`target` with what is known of it only when it is known which layers stay: how far each of them sees, and whether it has experts."""
+    kept = original.of_layers(keep.layers.tolist())
+    return target.replace(**{name: getattr(kept, name) for name in OF_LAYERS})
 
 
 def journeys(keep: Keep, original: Arch, target: Arch, world: engine.World) -> list[tuple[int, int, int]]:
@@ -202,11 +203,11 @@ def rebalance(tensor: Tensor, index: int, dim: Dim, units: Indices, plan: Plan, 
 def check(model: engine.Model, world: engine.World) -> None:
     """The pruned model holds what its architecture says: every parameter was cut, and the ranks' live parts add up to the exact count."""
     live = 0
-    for name, row, layer in engine.rows(model):
+    for name, row, at in engine.rows(model):
         parameter = model.get_parameter(name)
         assert not parameter.is_meta, f"{name} was not cut"
         if not engine.is_copy(name, model) and (row.tp_dim is not None or world.tp_rank == 0):
-            live += live_elements(parameter.numel(), row, model.arch.layer(layer), world)
+            live += live_elements(parameter.numel(), row, model.arch.layer(at.layer), world)
     counted = engine.sum_over_model_ranks(live, world)
     assert counted == model.arch.num_parameters(), f"{counted} parameters, {model.arch.num_parameters()} expected"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from minitron.arch.arch import Arch, Layer
 from minitron.arch.families import written_as
-from minitron.arch.shards import padded
+from minitron.arch.shards import neurons, padded
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError, refuse
 from minitron.pruning.keep import by_answers, skipped_at_a_time
@@ -63,10 +63,20 @@ def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str
 
 def check_layout(arch: Arch, parallel: Parallel, whose: str, group: str = "parallel") -> None:
     """Refuse a layout that a model can't be laid over; `whose` sizes these are is said, and `group` is where its settings are."""
-    if arch.ffn_hidden_size % parallel.tp:
-        raise refuse(f"{group}.tp", parallel.tp, f"must divide {whose} ffn_hidden_size={arch.ffn_hidden_size}")
+    for name, size in neurons(arch).items():
+        if size % parallel.tp:
+            raise refuse(f"{group}.tp", parallel.tp, f"must divide {whose} {name}={size}")
+    check_experts(arch, parallel, whose, group)
     padded(arch, parallel.tp)
     check_stages(arch.num_layers, parallel, whose, group)
+
+
+def check_experts(arch: Arch, parallel: Parallel, whose: str, group: str) -> None:
+    """Refuse expert ranks without experts to share out, or that would have different numbers of them."""
+    if parallel.ep > 1 and arch.num_moe_experts is None:
+        raise refuse(f"{group}.ep", parallel.ep, f"must be 1: {whose} blocks have no experts")
+    if (arch.num_moe_experts or 0) % parallel.ep:
+        raise refuse(f"{group}.ep", parallel.ep, f"must divide {whose} num_moe_experts={arch.num_moe_experts}")
 
 
 def check_stages(num_layers: int, parallel: Parallel, whose: str, group: str = "parallel") -> None:

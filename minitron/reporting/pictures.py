@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from minitron.arch import Arch
-from minitron.arch.axes import dim_size, parameters
+from minitron.arch.axes import PARAMETERS
 from minitron.reporting.drawing import LIGHT, bare, boxes, draw, heat_key, heat_map, layer_ticks
 from minitron.reporting.runfiles import Arrays
 from minitron.reporting.wording import decimal, percent, ranged, ratio, size, size_of
@@ -44,10 +44,10 @@ class Picture:
 def part_parameters(arch: Arch) -> dict[str, int]:
     """Parameters by part of the model; a block's norms are counted with what they feed."""
     parts = {"embedding and head": 0, "attention": 0, "MLP": 0}
-    for row, layer in parameters(arch):
+    for row in PARAMETERS:
         attention = "self_attention" in row.name or "input_layernorm" in row.name
         part = "attention" if attention else "MLP" if row.per_layer else "embedding and head"
-        parts[part] += math.prod(dim_size(dim, arch.layer(layer)) for dim in row.dims)
+        parts[part] += sum(row.copies(block) * row.size(block) for _, block in row.blocks(arch))
     return parts
 
 

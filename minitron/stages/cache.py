@@ -74,14 +74,14 @@ def make(todo: list[int], description: cache.Description, folder: Path, opened: 
         for start in range(0, len(todo), world.dp):
             side_by_side = todo[start : start + world.dp]
             failure = None
-            for first in side_by_side[world.dp_rank : world.dp_rank + 1]:
-                rows = description.rows(first)
-                signals = predictions(model, rows, opened)
-                try:
-                    if signals:
-                        cache.write(folder, description, first, map(samples.__getitem__, rows), signals)
-                except RequestError as error:
-                    failure = str(error)
+            first = side_by_side[world.dp_rank] if world.dp_rank < len(side_by_side) else None
+            rows = range(0) if first is None else description.rows(first)  # a replica without any passes along with those that share its experts
+            signals = predictions(model, rows, opened)
+            try:
+                if first is not None and signals:
+                    cache.write(folder, description, first, map(samples.__getitem__, rows), signals)
+            except RequestError as error:
+                failure = str(error)
             engine.refuse_together(failure, world)
             advance(len(side_by_side))
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.arch.axes import PARAMETERS, VOCAB, Parameter, num_units, part_sizes
+from minitron.arch.axes import PARAMETERS, VOCAB, At, Parameter, num_units, part_sizes
 from minitron.arch.families import hf_names
 from minitron.arch.shards import held_units, shard_shape
 from minitron.arch.units import to_units
@@ -21,8 +21,8 @@ def load(source: Source, world: engine.World, dtype: torch.dtype, spec: str = "t
     """This rank's shard of the model in `dtype`. Peak memory: the shard and one parameter."""
     model = engine.skeleton(source.arch, world, dtype, spec, recompute)
     reader = Reader(source.files)
-    for name, row, layer in engine.rows(model):
-        engine.put(model, name, row, layer, read_shard(reader, row, layer, source.arch, world, dtype))
+    for name, row, at in engine.rows(model):
+        engine.put(model, name, row, at, read_shard(reader, row, at, source.arch, world, dtype))
     reader.close()
     return model
 
@@ -35,7 +35,7 @@ def load_head(source: Source, world: engine.World, dtype: torch.dtype) -> tuple[
         return torch.empty(0, source.arch.hidden_size, dtype=dtype, device=world.device), live.start
     name = "embedding.word_embeddings.weight" if source.arch.share_embeddings_and_output_weights else "output_layer.weight"
     reader = Reader(source.files)
-    shard_VH = read_shard(reader, next(row for row in PARAMETERS if row.name == name), None, source.arch, world, dtype)
+    shard_VH = read_shard(reader, next(row for row in PARAMETERS if row.name == name), At(), source.arch, world, dtype)
     reader.close()
     return shard_VH[: len(live)], live.start
 
@@ -62,7 +62,7 @@ class Reader:
         self.handles.clear()
 
 
-def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, world: engine.World, dtype: torch.dtype) -> torch.Tensor:
+def read_shard(reader: Reader, row: Parameter, at: At, arch: Arch, world: engine.World, dtype: torch.dtype) -> torch.Tensor:
     """A rank's part of one parameter, its parts fused as the table says, dead units zero: each part is read into its place."""
     shard = torch.zeros(shard_shape(row, arch, world.tp), dtype=dtype, device=world.device)
     held = [held_units(dim, arch, world.tp, world.tp_rank, sharded=index == row.tp_dim)[0] for index, dim in enumerate(row.dims)]
@@ -75,7 +75,7 @@ def read_shard(reader: Reader, row: Parameter, layer: int | None, arch: Arch, wo
         first, *others = [slice(units.start * n, units.stop * n) for units, n in zip(held, rows_per_unit, strict=True)]
         index = (slice(begins[template] + first.start, begins[template] + first.stop), *others)
         begins[template] += num_units(row.dims[0], arch) * size
-        part = reader.read(template.format(layer=layer), index[::-1] if transposed else index)
+        part = reader.read(at.named(template), index[::-1] if transposed else index)
         part = part.t() if transposed else part
         place = place_UPR[: len(held[0])]
         for dim, length in enumerate(part.shape[1:], start=2):

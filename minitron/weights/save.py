@@ -16,7 +16,7 @@ from minitron import engine
 from minitron.arch.arch import Arch
 from minitron.arch.axes import Dim, Indices, num_units, parameters
 from minitron.arch.families import hf_names, to_hf
-from minitron.arch.shards import padded
+from minitron.arch.shards import expert_rank, padded
 from minitron.arch.units import from_units, to_units, unfuse
 from minitron.errors import RequestError
 from minitron.files import atomic_path
@@ -82,22 +82,22 @@ def write_folder(
 
 def gathered(model: engine.Model, world: engine.World) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, whole tensor on the CPU) of every parameter, on rank 0; the other ranks get nothing and must iterate too."""
-    mine = {(row.name, layer): name for name, row, layer in engine.rows(model)}
-    for row, layer in parameters(model.arch):
-        name = mine.get((row.name, layer))
-        tensor, arch = None if name is None else model.get_parameter(name).detach(), model.arch.layer(layer)
+    mine = {(row.name, at): name for name, row, at in engine.rows(model)}
+    for row, at in parameters(model.arch):
+        name = mine.get((row.name, at))
+        tensor, arch = None if name is None else model.get_parameter(name).detach(), model.arch.layer(at.layer)
         # the first pipeline stage that has it speaks: a tied embedding is on two
-        whole = engine.gather_to_main(tensor, world, row.tp_dim)
+        whole = engine.gather_to_main(tensor, world, row.tp_dim, expert_rank(at, arch, world.ep))
         if whole is None:
             continue
         if row.tp_dim is not None:
             dim = row.dims[row.tp_dim]
-            whole = merge_shards(whole, row.tp_dim, dim, arch, world.tp, model.unit_order.get(f"{dim.axis}.{layer}"))
+            whole = merge_shards(whole, row.tp_dim, dim, arch, world.tp, model.order(dim, at))
         names, transposed = hf_names(row, arch.family)
         parts = list(zip(names, unfuse(whole.cpu(), row.dims[0], arch), strict=True))
         for template in dict.fromkeys(names):
             tensor = torch.cat([part for name, part in parts if name == template])
-            yield template.format(layer=layer), tensor.t() if transposed else tensor
+            yield at.named(template), tensor.t() if transposed else tensor
 
 
 def merge_shards(whole: torch.Tensor, index: int, dim: Dim, arch: Arch, tp: int, order: Indices | None = None) -> torch.Tensor:

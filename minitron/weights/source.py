@@ -147,13 +147,13 @@ def open_folder(folder: Path, setting: str) -> Source:
     files = _weight_files(folder, setting)
     shapes = _shapes(files, setting)
     # a tied head may be stored beside the embedding; it is then a copy of it
-    for row, layer in parameters(arch):
+    for row, at in parameters(arch):
         names, transposed = hf_names(row, arch.family)
         rows = dict.fromkeys(names, 0)
         for name, size in zip(names, part_sizes(row.dims[0], arch), strict=True):
             rows[name] += num_units(row.dims[0], arch) * size
         for template, length in rows.items():
-            name, expected = template.format(layer=layer), (length, *(dim_size(dim, arch) for dim in row.dims[1:]))
+            name, expected = at.named(template), (length, *(dim_size(dim, arch) for dim in row.dims[1:]))
             expected, stored = expected[::-1] if transposed else expected, stored_name(name, shapes)
             if stored not in shapes:
                 raise RequestError(f"{setting}={folder}: tensor {name} is missing")

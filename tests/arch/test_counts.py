@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from minitron.arch.arch import Arch
-from minitron.arch.axes import parameters
+from minitron.arch.axes import At, count_active, parameters
 from minitron.arch.counts import costs, count
 from minitron.arch.families import FAMILIES, from_hf, hf_names, to_hf
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import rows, skeleton
 from minitron.errors import RequestError
 from tests.oracles.models import NEMOTRON, UNTIED, config_of
-from tests.oracles.published import CONFIGS, PARAMETERS
+from tests.oracles.published import ACTIVE, CONFIGS, PARAMETERS
 from tests.oracles.samples import SAMPLES
 
 SMOLLM2 = CONFIGS["SmolLM2-135M"]
@@ -31,13 +32,20 @@ def model_of(config):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
 
 
+def on_disk(model):
+    """The names by which transformers saves a model's tensors: those of experts, which it holds in one, lie apart. (Every parameter once.)"""
+    tensors = {name: torch.empty(tensor.shape) for name, tensor in model.named_parameters()}
+    return revert_weight_conversion(model, tensors)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_models(name):
     """To the digits that are printed."""
-    parameters = from_hf(CONFIGS[name], "x").num_parameters()
+    arch = from_hf(CONFIGS[name], "x")
     digits, unit = PARAMETERS[name].split()
-    assert f"{parameters / {'M': 1e6, 'B': 1e9}[unit]:.{len(digits.split('.')[1])}f}" == digits
-    assert parameters == model_of(CONFIGS[name]).num_parameters()
+    assert f"{arch.num_parameters() / {'M': 1e6, 'B': 1e9}[unit]:.{len(digits.split('.')[1])}f}" == digits
+    assert count_active(arch) == (pytest.approx(ACTIVE[name], abs=0.06e9) if name in ACTIVE else arch.num_parameters())
+    assert arch.num_parameters() == model_of(CONFIGS[name]).num_parameters()
 
 
 @st.composite
@@ -52,6 +60,8 @@ def configs(draw, model_type):
         "ffn_hidden_size": draw(st.integers(1, 70)), "num_attention_heads": heads, "num_query_groups": groups, "kv_channels": width,
         "vocab_size": draw(st.integers(2, 90)), "max_position_embeddings": 32, "layernorm_epsilon": 1e-4,
         "share_embeddings_and_output_weights": draw(st.booleans()),
+        "num_moe_experts": draw(st.integers(3, 5)), "moe_router_topk": draw(st.integers(1, 3)), "moe_ffn_hidden_size": draw(st.integers(1, 30)),
+        "moe_shared_expert_intermediate_size": draw(st.integers(1, 30)),
     }  # fmt: skip
     config = {"model_type": model_type, "pad_token_id": None, **{key: sizes[field] for field, key in names.items()}}
     beside = draw(st.sampled_from(list(SAMPLES[model_type].values())))
@@ -67,12 +77,12 @@ def test_any_shape_is_what_transformers_and_megatron_build(model_type, alone):
     @given(configs(model_type))
     @settings(max_examples=60, derandomize=True, database=None)
     def holds(config):
-        arch, theirs = from_hf(config, "x"), dict(model_of(config).named_parameters())
-        assert arch.num_parameters() == sum(tensor.numel() for tensor in theirs.values())
-        assert {name.format(layer=layer) for row, layer in parameters(arch) for name in hf_names(row, model_type)[0]} == set(theirs)
+        arch, theirs = from_hf(config, "x"), model_of(config)
+        assert arch.num_parameters() == theirs.num_parameters()
+        assert {at.named(name) for row, at in parameters(arch) for name in hf_names(row, model_type)[0]} == set(on_disk(theirs))
         model = skeleton(arch, alone, torch.float32)
-        ours = {(row.name, layer): tuple(model.get_parameter(name).shape) for name, row, layer in rows(model)}
-        assert ours == {(row.name, layer): shard_shape(row, arch, 1) for row, layer in parameters(arch)}
+        ours = {(row.name, at): tuple(model.get_parameter(name).shape) for name, row, at in rows(model)}
+        assert ours == {(row.name, at): shard_shape(row, arch, 1) for row, at in parameters(arch)}
         assert arch.num_parameters() == sum(math.prod(shape) for shape in ours.values())
         assert from_hf(to_hf(arch, config), "x") == arch
         tried.append(arch.share_embeddings_and_output_weights)
@@ -117,6 +127,43 @@ def test_costs_of_a_forward_pass_are_those_that_torch_counts(changes):
 def test_sizes_that_no_model_has(change, said):
     with pytest.raises(RequestError, match=said):
         from_hf(SMOLLM2, "x").replace(**change)
+
+
+MIXED = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 6, "moe_shared_expert_intermediate_size": 5,
+         "moe_layers": (True, False, True)}  # fmt: skip
+
+
+def test_blocks_with_and_without_experts():
+    """Each is a block of an architecture of its own kind, and which of them stay decides what a shallower model is."""
+    plain = from_hf({**SMOLLM2, "num_hidden_layers": 3}, "x")
+    arch = plain.replace(**MIXED)
+    assert [arch.routes(number) for number in range(3)] == [True, False, True]
+    assert arch.layer(1) == plain and arch.layer(0) == arch.layer(2) == arch.replace(moe_layers=())
+    assert arch.of_layers([1, 2]).moe_layers == (False, True) and arch.of_layers([0, 2]) == plain.replace(
+        **{**MIXED, "num_layers": 2, "moe_layers": ()}
+    )
+    assert arch.replace(num_layers=5).moe_layers == (True, False, True, True, False)
+    assert arch.of_layers([1]).num_parameters() == plain.replace(num_layers=1).num_parameters() == count_active(arch.of_layers([1]))
+    assert arch.num_parameters() - count_active(arch) == 2 * 2 * 3 * 6 * 576
+    assert Arch.from_dict(arch.to_dict()) == arch
+    found = [(row.name, at) for row, at in parameters(arch) if row.per_expert]
+    assert found[:5] == [(found[0][0], At(0, expert)) for expert in range(4)] + [(found[0][0], At(2, 0))] and len(found) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"moe_router_topk": 5}, "moe_router_topk=5: at most num_moe_experts=4"),
+        ({"moe_router_topk": None}, "num_moe_experts: num_moe_experts, moe_router_topk and moe_ffn_hidden_size are needed together"),
+        ({"num_moe_experts": 0}, "num_moe_experts=0: a positive whole number is needed"),
+        ({"moe_layers": (True,)}, "moe_layers: said of 1 layers, and num_layers=3"),
+        ({"num_moe_experts": None, "moe_router_topk": None, "moe_ffn_hidden_size": None}, "moe_layers, .*: num_moe_experts is needed with them"),
+        ({"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": True}, "moe_shared_expert_gate=True: moe_shared_expert_inter"),
+    ],
+)
+def test_experts_that_no_model_has(change, said):
+    with pytest.raises(RequestError, match=said):
+        from_hf({**SMOLLM2, "num_hidden_layers": 3}, "x").replace(**{**MIXED, **change})
 
 
 def test_an_architecture_survives_its_json_form():

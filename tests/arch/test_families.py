@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from minitron.arch.families import FAMILIES, ROPE_TYPES, from_hf, to_hf
+from minitron.arch.families import FAMILIES, from_hf, to_hf
+from minitron.arch.family import ROPE_TYPES
 from minitron.errors import RequestError
 from tests.oracles.published import CONFIGS
 
@@ -21,11 +22,11 @@ FEWEST = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 40, "n
     [
         (
             {"model_type": "bloom"},
-            "'bloom' is not supported; supported: gemma, .*qwen3; docs/guide.md .A family. says how to add a row",
+            "'bloom' is not supported; supported: gemma, .*qwen3_moe; docs/guide.md .A family. says how to add a row",
         ),
         (
-            {"model_type": "mixtral", "num_local_experts": 8},
-            "'mixtral' is not supported; .*; num_local_experts=8: no row has experts",
+            {"model_type": "deepseek_v3", "n_routed_experts": 8},
+            "'deepseek_v3' is not supported; .*; n_routed_experts=8: of models with experts, mixtral, qwen2_moe, qwen3_moe have rows",
         ),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
@@ -72,6 +73,16 @@ FEWEST = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 40, "n
         ({"model_type": "nemotron", "rope_parameters": {"partial_rotary_factor": 0}}, "partial_rotary_factor=0 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; allowed: 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported; allowed: 1.0"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0: a positive whole number is needed"),
+        ({"model_type": "mixtral", "num_local_experts": 1 << 40}, "num_local_experts=1099511627776: at most 16,384 is allowed"),
+        ({"model_type": "mixtral", "num_key_value_heads": 2, "num_experts_per_tok": 9}, "moe_router_topk=9: at most num_moe_experts=8"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts=0: a positive whole number is needed"),
+        ({"model_type": "qwen3_moe", "num_local_experts": "8"}, "num_experts='8': a positive whole number is needed"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": True}, "moe_intermediate_size=True: a positive whole number is needed"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "a setting of qwen3_moe is of the wrong kind: "),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "a setting of qwen3_moe is of the wrong kind: "),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": 1}, "norm_topk_prob=1: true or false is needed"),
+        ({"model_type": "qwen2_moe", "shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size=-1: a positive whole number is needed"),
         ({"vocab_size": 10.5}, "vocab_size=10.5: a positive whole number is needed"),
     ],
     ids=str,

@@ -59,7 +59,7 @@ def test_a_verbs_page_has_the_settings_it_reads_and_no_others(verb):
         "logging.progress=true           progress bars on the console [true | false]",
         "run.dir=???          folder that receives",
         "target.num_moe_experts=null      experts per layer; only null works: no model with experts is supported yet",
-        "parallel.ep=1                  expert-parallel ranks; only 1 works: no model with experts is supported yet",
+        "parallel.ep=1                  expert-parallel ranks, out of the data- and context-parallel ones: each holds so many of the experts",
         "teacher.parallel.tp=null           tensor-parallel ranks of the teacher (null: the student's)",
         "Sizes of the compressed model: a size (whole number), a kept fraction",
         "75  stopped early, by a signal or by the loss of another rank, with what is finished saved: the same command continues",

@@ -18,11 +18,11 @@ ELSEWHERE = {
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "reusing an earlier checkpoint's plan",
     "megatron.core.distributed.fsdp.src.megatron_fsdp.mixed_precision": "fully sharded data parallelism",
     "megatron.core.fp8_utils": "fp8",
-    "megatron.core.fusions.fused_indices_converter": "mixtures of experts",
+    "megatron.core.fusions.fused_indices_converter": "a fused dispatcher of tokens to experts",
     "megatron.core.pipeline_parallel.hybrid_cp_schedule": "context parallelism over groups that change",
     "megatron.core.pipeline_parallel.utils": "streams that overlap experts' communication",
     "megatron.core.rerun_state_machine": "running a step again to find faulty hardware",
-    "megatron.core.transformer.moe.moe_utils": "mixtures of experts",
+    "megatron.core.transformer.moe.moe_utils": "records of losses that balance experts",
     "megatron.core.transformer.utils": "masks of Megatron's own attention, which ours takes the place of",
 }
 

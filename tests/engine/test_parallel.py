@@ -35,7 +35,7 @@ from tests.oracles.models import save_model
         ({"sp": True}, 1, "parallel.sp=true: sequence parallelism needs parallel.tp of at least 2"),
         ({"vpp": 2}, 4, "parallel.vpp=2: virtual stages need parallel.pp of at least 2"),
         ({"cp": 3}, 4, "parallel.tp=1: tp x pp x cp = 3 must divide the number of processes, 4"),
-        ({"ep": 2}, 4, "parallel.ep=2: only 1 is supported"),
+        ({"ep": 3, "pp": 2}, 8, "parallel.ep=3: must divide dp x cp = 4"),
     ],
     ids=str,
 )

@@ -38,15 +38,16 @@ def test_separate_documents_take_torch_s_modules(everything):
 @pytest.mark.parametrize(
     ("kind", "cp", "said"),
     [
-        ({"attention_softcap": 2.0}, 1, "softcap on its scores"),
-        ({"sliding_window": 7}, 2, "sliding window over context ranks"),
+        ({"attention_softcap": 2.0}, 1, "Transformer Engine's attention has no softcap on its scores"),
+        ({"sliding_window": 7}, 2, "Transformer Engine's attention has no sliding window over context ranks"),
+        ({"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 8}, 1, "experts are of torch's modules alone here"),
     ],
-    ids=["softcap", "window"],
+    ids=["softcap", "window", "experts"],
 )
-def test_what_transformer_engine_s_attention_lacks_takes_torch_s_modules(kind, cp, said, everything):
+def test_what_transformer_engine_s_spec_lacks_takes_torch_s_modules(kind, cp, said, everything):
     arch = LLAMA.replace(**kind)
     assert pick_spec("auto", rank(cp), LLAMA) == "transformer_engine" and pick_spec("auto", rank(cp), arch) == "torch"
-    with pytest.raises(RequestError, match=rf"^spec=transformer_engine: Transformer Engine's attention has no {said}; use auto or torch$"):
+    with pytest.raises(RequestError, match=rf"^spec=transformer_engine: {said}; use auto or torch$"):
         pick_spec("transformer_engine", rank(cp), arch)
     assert pick_spec("auto", rank(), LLAMA.replace(sliding_window=7)) == "transformer_engine"
 

@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     cp: int = 1
     vpp: int = 1
     sp: bool = False
+    ep: int = 1
 
     @property
     def size(self) -> int:
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
         return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        parts = [f"{name}{count}" for name, count in zip(("tp", "pp", "dp", "cp", "vpp"), self, strict=False) if count > 1]
+        parts = [f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "cp", "vpp", "ep") if getattr(self, name) > 1]
         return "-".join([*parts, *(["sp"] if self.sp else [])]) or "alone"
 
 
@@ -52,7 +53,8 @@ def _in_world(function: Callable[..., Any], layout: Layout, seed: int, args: tup
     from minitron.config.schema import Parallel
     from minitron.engine.parallel import world
 
-    with world(Parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, vpp=layout.vpp, sp=layout.sp, timeout_minutes=3), "cpu", seed) as here:
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "vpp", "sp", "ep")}
+    with world(Parallel(**sizes, timeout_minutes=3), "cpu", seed) as here:
         return function(here, *args)
 
 

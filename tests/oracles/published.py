@@ -73,7 +73,26 @@ CONFIGS = {
         "model_type": "opt", "num_hidden_layers": 12, "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12, "vocab_size": 50272,
         "max_position_embeddings": 2048, "word_embed_proj_dim": 768, "activation_function": "relu", "do_layer_norm_before": True,
     },
+    "Mixtral-8x7B": {
+        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "tie_word_embeddings": False, "rope_theta": 1000000.0,
+        "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe", "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": 151936, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rope_theta": 1000000.0,
+        "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21, "decoder_sparse_step": 1, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4, "num_experts": 60, "norm_topk_prob": False,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+        "rope_theta": 1000000.0, "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
 }  # fmt: skip
+# of which one token makes use; the last was not rounded, but cut off after this digit
+ACTIVE = {"Mixtral-8x7B": 12.9e9, "Qwen1.5-MoE-A2.7B": 2.7e9, "Qwen3-30B-A3B": 3.3e9}
 PARAMETERS = {
     "SmolLM2-135M": "134.5 M",
     "Llama-3.1-8B": "8.03 B",
@@ -92,4 +111,7 @@ PARAMETERS = {
     "Phi-3-mini": "3.8 B",
     "GPT-2": "0.124 B",
     "OPT-125M": "0.125 B",
+    "Mixtral-8x7B": "46.7 B",
+    "Qwen1.5-MoE-A2.7B": "14.3 B",
+    "Qwen3-30B-A3B": "30.5 B",
 }

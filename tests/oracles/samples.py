@@ -13,6 +13,7 @@ from tests.oracles.models import randomise
 SIZES = {
     "num_layers": 5, "hidden_size": 48, "ffn_hidden_size": 36, "num_attention_heads": 6, "num_query_groups": 3, "kv_channels": 10, "vocab_size": 61,
     "max_position_embeddings": 64, "share_embeddings_and_output_weights": True, "layernorm_epsilon": 1e-4,
+    "num_moe_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 18, "moe_shared_expert_intermediate_size": 30,
 }  # fmt: skip
 WINDOW = 7  # shorter than the texts
 UNTIED = {"tie_word_embeddings": False}
@@ -67,6 +68,15 @@ SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gpt2": {"tied": {"n_inner": None}, "untied": UNTIED},
     "opt": {"tied": {}, "no_biases": {"enable_bias": False, **UNTIED}},
+    "mixtral": {"tied": {"hidden_size": 50}, "sliding": {"sliding_window": WINDOW, "num_experts_per_tok": 3, **UNTIED}},
+    "qwen2_moe": {
+        "normed": {"hidden_size": 42, "norm_topk_prob": True, "qkv_bias": False, "num_experts_per_tok": 3},
+        "mixed": {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3, **UNTIED},
+    },
+    "qwen3_moe": {
+        "one_expert": {"norm_topk_prob": True, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": WINDOW},
+        "mixed": {"mlp_only_layers": [1, 3], "hidden_size": 50, "attention_bias": True, **UNTIED},
+    },
 }  # fmt: skip
 # sizes to prune to, each along an axis, and all of them together
 TARGETS = {

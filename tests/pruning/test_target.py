@@ -5,7 +5,7 @@ import pytest
 from minitron.arch.families import from_hf
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError
-from minitron.pruning.target import check_smaller, check_ways, target_arch
+from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
 from tests.oracles.models import BIASES, config_of
 
 ARCH = from_hf(
@@ -55,6 +55,27 @@ def test_impossible_targets(target, said):
 def test_targets_that_do_not_divide_over_the_ranks(target, parallel, said):
     with pytest.raises(RequestError, match=said):
         target_arch(ARCH, Target(**target), Parallel(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"tp": 4, "sp": True}, "^parallel.tp=4: must divide the model's moe_ffn_hidden_size=18$"),
+        ({"tp": 9, "sp": True}, "^parallel.tp=9: must divide the model's moe_shared_expert_intermediate_size=30$"),
+        ({"ep": 4}, "^parallel.ep=4: must divide the model's num_moe_experts=6$"),
+    ],
+    ids=str,
+)
+def test_experts_that_do_not_divide_over_the_ranks(layout, said):
+    arch = ARCH.replace(num_moe_experts=6, moe_router_topk=2, moe_ffn_hidden_size=18, moe_shared_expert_intermediate_size=30)
+    check_layout(arch, Parallel(tp=2, ep=3), "the model's")  # of no use to it is the size of an MLP, as every block has experts
+    check_layout(arch.replace(ffn_hidden_size=7), Parallel(tp=2), "the model's")
+    with pytest.raises(RequestError, match=said):
+        check_layout(arch, Parallel(**layout), "the model's")
+    with pytest.raises(RequestError, match=r"^parallel.tp=2: must divide the model's ffn_hidden_size=7$"):
+        check_layout(arch.replace(ffn_hidden_size=7, moe_layers=(True, False) * 3), Parallel(tp=2), "the model's")
+    with pytest.raises(RequestError, match=r"^teacher.parallel.ep=2: must be 1: the teacher's blocks have no experts$"):
+        check_layout(ARCH, Parallel(ep=2), "the teacher's", "teacher.parallel")
 
 
 def test_a_width_that_transformers_cannot_load_is_refused_before_any_work():
