@@ -23,6 +23,7 @@ from minitron.distillation.cache import MANIFEST, Cache, settled
 from minitron.distillation.hidden import pairs_of
 from minitron.errors import RequestError, refuse
 from minitron.evaluation.choices import read
+from minitron.evaluation.speed import check_speed
 from minitron.evaluation.tasks import check_installed
 from minitron.pruning.keep import by_answers, skipped_at_a_time
 from minitron.pruning.target import check_layout, check_questions, check_rounds, check_smaller, check_ways, target_arch
@@ -222,6 +223,8 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     check_positions(arch, readings(cfg, verb), "the model")
+    if verb == "speed" or ("speed" in groups and cfg.speed.enabled):
+        check_speed(cfg.speed, arch)
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:
@@ -258,9 +261,9 @@ def check_candidates(cfg: Config, arch: Arch) -> None:
 
 
 def loads_teacher(cfg: Config, verb: str) -> bool:
-    """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead."""
+    """Whether a verb runs the teacher itself: a distillation may read its cached predictions instead, speed has a process do it."""
     needless = cfg.teacher.cache.folder is not None or cfg.distill.loss == "none"
-    return "teacher" in VERBS[verb].groups and not (needless and verb in ("search", "distill"))
+    return "teacher" in VERBS[verb].groups and verb != "speed" and not (needless and verb in ("search", "distill"))
 
 
 def check_no_teacher(cfg: Config, verb: str) -> None:

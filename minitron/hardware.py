@@ -1,6 +1,7 @@
-"""What GPUs and the machines around them can do at most, by their makers' data sheets. Nothing here is measured by this project."""
+"""What GPUs and the machines around them can do at most, by their makers' data sheets, none of it measured here; and the name of this CPU."""
 
 import dataclasses
+import platform
 
 # Dense matrix products in 10^12 a second, by part of the device's name, the first that fits (a GH200 is an H200 here), and by type. fp32 is
 # without TF32, which stays off here. From NVIDIA's data sheets of these GPUs (A100, H100, H200, L40S) and of HGX B200; figures that a sheet
@@ -45,3 +46,13 @@ MACHINES = {
 def peak_of(device_name: str, dtype: str) -> float | None:
     """TFLOP/s that a GPU of this name can reach at most; None where the table does not know it."""
     return next((peaks[dtype] for part, peaks in PEAK_TFLOPS if part in device_name), None)
+
+
+def cpu_model() -> str:
+    """What the kernel calls the processor of this machine."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            lines = handle.read().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())

@@ -27,11 +27,12 @@ BEFORE = (PLAN, SLURM)  # what may be in a folder before a run is: its plan, the
 ARTIFACTS = {
     "data": "data/manifest.json", "calibrate": "importance.safetensors", "search": "candidates.json", "prune": "pruned/arch.json",
     "distill": "checkpoints/step_*/manifest.json", "train": "checkpoints/step_*/manifest.json", "evaluate": "eval.json", "export": "hf/config.json",
+    "speed": "speed.json",
 }  # fmt: skip
 # a folder is that of a compression or, once `train` was at work in it, of one model that is trained whole: verbs of the first are refused there
 COMPRESSION = ("compress", "calibrate", "search", "prune", "cache", "distill")
 # settings that may differ between two commands on one run: where and how it runs, not what it makes
-FREE = ("run", "parallel", "eval", "logging", "device", "spec")
+FREE = ("run", "parallel", "eval", "speed", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
               "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
               "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
@@ -47,14 +48,14 @@ ADJUSTABLE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule"
 
 
 def settings_of(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
-    """The settings that decide what a verb makes, by full name; with `free`, also `eval`, which decides what evaluate reports."""
+    """The settings that decide what a verb makes, by full name; with `free`, also `eval` and `speed`, which decide what these report."""
     return in_use(all_settings(cfg, verb, free), verb)
 
 
 def all_settings(cfg: Config, verb: str, free: bool) -> dict[str, Any]:
     """As `settings_of`, with those that nothing reads."""
     tree = dataclasses.asdict(cfg)
-    groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group == "eval")]
+    groups = [group for group in VERBS[verb].groups if group not in FREE or (free and group in ("eval", "speed"))]
     left_out = FREE_NAMES if VERBS[verb].trains or verb == "cache" else (*FREE_NAMES, *TRAINING_ALONE)
     named = flat({group: tree[group] for group in groups})
     return {name: value for name, value in named.items() if name not in left_out and reads(verb, name)}

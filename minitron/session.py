@@ -265,7 +265,9 @@ class Session:
         if verb in ("evaluate", "export"):
             which = self.cfg.run.checkpoint
             found["checkpoint"] = str(self.checkpoints.latest() if which == "last" else which)
-        if verb in ("search", "distill", "evaluate") and self.cfg.teacher.path is not None:
+        if verb == "speed" and (self.folder / "hf").is_dir():
+            found["exported"] = open_folder(self.folder / "hf", "run.dir").fingerprint()
+        if verb in ("search", "distill", "evaluate", "speed") and self.cfg.teacher.path is not None:
             found["teacher"] = self.teacher_source.fingerprint()
         manifest = Manifest.load(self.folder / "data")
         for split, parts in sorted(manifest.splits.items()):

@@ -1,6 +1,6 @@
 """Every setting: its name, type, default and meaning. A group is a frozen dataclass that checks itself on construction.
 
-This file, with cluster.py for SLURM, planning.py for plans and evaluation.py, is the only place where a default lives; the YAML files under
+This file, with cluster.py for SLURM, planning.py for plans, evaluation.py and speed.py, is the only place where a default lives; the YAML files under
 `configs/` hold choices that differ from it.
 `setting(default, "meaning", ...)` (setting.py) carries what `--help` prints and the simple checks.
 """
@@ -12,6 +12,7 @@ from minitron.config.cluster import Slurm
 from minitron.config.evaluation import Eval
 from minitron.config.planning import Planning
 from minitron.config.setting import MISSING, setting
+from minitron.config.speed import Speed
 from minitron.errors import refuse
 
 # what a search may be bounded by: targets, met from either side, then limits
@@ -423,6 +424,7 @@ class Config:
     family: Family = dataclasses.field(default_factory=Family)
     plan: Planning = dataclasses.field(default_factory=Planning)
     eval: Eval = dataclasses.field(default_factory=Eval)
+    speed: Speed = dataclasses.field(default_factory=Speed)
     logging: Logging = dataclasses.field(default_factory=Logging)
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
     device: str = setting("auto", "where to compute; auto takes a GPU where there is one", allowed=("auto", "cpu", "cuda"))

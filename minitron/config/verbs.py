@@ -9,6 +9,7 @@ from minitron.config.schema import Target
 BUDGETS = " | ".join(f"search.{name}" for name in schema.BUDGETS)
 AXES = " | ".join(f"target.{field.name}" for field in dataclasses.fields(Target) if field.default is None)
 COMMON = ("device", "spec", "dtype", "seed")
+PIPELINE = ("target", "search", "data", "calibrate", "teacher", "distill", "train", "eval", "speed", "parallel", "logging", *COMMON)
 
 
 class Verb(NamedTuple):
@@ -27,14 +28,15 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "compress": Verb(
-        "the whole pipeline: data, calibrate, search where a budget is set, prune, distill, evaluate, export and report; continues where it stopped",
-        ("run", "model", "target", "search", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
+        "the whole pipeline: data, calibrate, search where a budget is set, prune, distill, evaluate, export, speed with speed.enabled, and report; "
+        "continues where it stopped",
+        ("run", "model", *PIPELINE),
         ("run.dir", "model.path", "data.train", f"{AXES} | {BUDGETS}"),
         trains=True,
     ),
     "family": Verb(
         "several models in a chain, each compressed from the one before, every one in a folder of its own below run.dir",
-        ("run", "model", "family", "target", "search", "data", "calibrate", "teacher", "distill", "train", "eval", "parallel", "logging", *COMMON),
+        ("run", "model", "family", *PIPELINE),
         ("run.dir", "model.path", "data.train", "family.steps"),
         trains=True,
     ),
@@ -92,6 +94,11 @@ VERBS: dict[str, Verb] = {
         ("run", "model", "parallel", *COMMON),
         ("run.dir", "model.path"),
     ),
+    "speed": Verb(
+        "how fast the exported student and its teacher generate with plain transformers (vLLM too where a GPU has it), and their memory",
+        ("run", "model", "teacher", "speed", "logging", *COMMON),
+        ("run.dir", "model.path"),
+    ),
     "submit": Verb(
         "queue another verb on a SLURM cluster: a job, a chain of jobs, or an array of them for a sweep over settings",
         ("run", "slurm"),
@@ -116,11 +123,17 @@ VERBS: dict[str, Verb] = {
 READERS = {
     "model.shape": ("plan",),
     "run.until": ("compress",),
+    "speed.enabled": ("compress", "family"),
     "run.checkpoint": ("compress", "family", "evaluate", "export"),
     "train.steps": ("compress", "family", "plan", "cache", "distill", "train"),  # a search ends with its last rung
 }
 # groups of which a verb reads these settings alone
-READ_ALONE = {("evaluate", "train"): ("train.seq_length",), ("plan", "data"): ("data.separate_documents",)}
+READ_ALONE = {
+    ("evaluate", "train"): ("train.seq_length",),
+    ("plan", "data"): ("data.separate_documents",),
+    ("speed", "teacher"): ("teacher.path",),
+    ("speed", "logging"): ("logging.progress",),
+}
 
 
 def reads(verb: str, setting: str) -> bool:

@@ -51,6 +51,17 @@ def device_peak(device: torch.device, dtype: str) -> float | None:
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
+def gpu_name(device: torch.device) -> str:
+    """What its maker calls it."""
+    return torch.cuda.get_device_name(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Let other processes have the memory of a GPU that this one took and has no use for now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory that this process had so far, in GiB: what torch allocated on its GPU, or on a CPU what was resident."""
     if device.type == "cuda":

@@ -3,8 +3,10 @@
 The counts follow the modules that Megatron builds (engine/specs.py) tensor by tensor, as arXiv 2205.05198 (section 4) does for its own; they
 are not that paper's, as there is no dropout here, no matrix of attention scores is held, and the MLP's activation is not fused.
 
+Of experts, each is taken to get as many tokens as every other: a rank then works on K T tokens of them, however many ranks share them out.
+
 Legend, all of one rank: T tokens of a microbatch inside the matrices, t outside of them (T, or T / tp under sequence parallelism), H hidden,
-Q and K channels of all query heads and of all KV groups, F MLP neurons, E bytes of a number.
+Q and K channels of all query heads and of all KV groups, F MLP neurons, E bytes of a number; K experts that a token is sent to.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from minitron.arch.arch import Arch
 from minitron.arch.axes import HIDDEN, PARAMETERS
@@ -31,6 +34,7 @@ class Pass:
     device: str  # "cuda" | "cpu"
     recompute: str = "none"
     documents: bool = False  # whether attention is told of them by a mask
+    ep: int = 1
 
     @property
     def positions(self) -> int:
@@ -55,20 +59,23 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A block's sizes on a rank: H, Q, K, F, and its query heads."""
+    """A block's sizes on a rank: H, channels of queries and of keys, F, and its query heads; neurons of an expert and of the shared one."""
 
     hidden: int
     queries: int
     keys: int
     ffn: int
     heads: int
+    expert: int
+    shared: int
 
     @classmethod
     def of(cls, block: Arch, tp: int) -> Sizes:
         """Of a block, padded as it is laid over `tp` ranks."""
         whole = padded(block, tp)
         heads, groups = whole.num_attention_heads // tp, whole.num_query_groups // tp
-        return cls(whole.hidden_size, heads * whole.kv_channels, groups * whole.kv_channels, whole.ffn_hidden_size // tp, heads)
+        experts = ((size or 0) // tp for size in (whole.moe_ffn_hidden_size, whole.moe_shared_expert_intermediate_size))
+        return cls(whole.hidden_size, heads * whole.kv_channels, groups * whole.kv_channels, whole.ffn_hidden_size // tp, heads, *experts)
 
 
 def norm_bytes(arch: Arch, way: Pass) -> float:
@@ -97,12 +104,11 @@ class Block:
 @functools.cache
 def block_bytes(arch: Arch, way: Pass) -> Block:
     """Of a block of these sizes."""
-    size, numbers = Sizes.of(arch, way.tp), way.element * way.tokens
+    size = Sizes.of(arch, way.tp)
     norms = sum(row.exists(arch) and row.per_layer and row.dims == (HIDDEN,) and row.name.endswith("norm.weight") for row in PARAMETERS)
     normed = norms * norm_bytes(arch, way)
     around, inner = attention_bytes(arch, size, way)
-    # gate and up in one, the activation of the gate, up once more (an offset of 0 is added), their product; or relu and its square
-    mlp = numbers * (5 if arch.gated_linear_unit else 2) * size.ffn
+    half = expert_half(arch, size, way) if arch.num_moe_experts is not None else mlp_half(arch, size, way)
     stream = way.element * way.outside * size.hidden
     kept, remade = {
         "none": (normed + around + inner, 0.0),
@@ -110,15 +116,47 @@ def block_bytes(arch: Arch, way: Pass) -> Block:
         "full": (stream, normed + around + inner),
     }[way.recompute]
     if way.recompute == "none" or (way.recompute == "selective" and arch.mlp_bias):  # an MLP with biases is not made once more
-        kept += mlp
+        kept += half.kept
     else:
-        remade += mlp
+        remade += half.kept
+    return Block(kept, remade, stream + half.backward, 2 * stream + max(half.forward, around))
+
+
+class Half(NamedTuple):
+    """Bytes of a block's second half: kept for its way back, needed beside them on it, and the most that a pass without gradients holds."""
+
+    kept: float
+    backward: float
+    forward: float
+
+
+def mlp_half(arch: Arch, size: Sizes, way: Pass) -> Half:
+    """Of an MLP."""
+    numbers = way.element * way.tokens
+    # gate and up in one, the activation of the gate, up once more (an offset of 0 is added), their product; or relu and its square
+    kept = numbers * (5 if arch.gated_linear_unit else 2) * size.ffn
     wide = 2 * size.ffn if arch.gated_linear_unit else size.ffn
     down, up = (way.weight_gradient * size.hidden * width for width in (size.ffn, wide))  # gradients of the MLP's matrices, one at a time
     # at the product, gradients of both factors and what came; at each matrix, what comes and goes beside its own, less what was freed before
-    backward = stream + max(numbers * wide, numbers * size.ffn + down, up + numbers * (size.hidden + wide) - mlp)
-    forward = 2 * stream + max(numbers * (5 if arch.gated_linear_unit else 3) * size.ffn, around)
-    return Block(kept, remade, backward, forward)
+    backward = max(numbers * wide, numbers * size.ffn + down, up + numbers * (size.hidden + wide) - kept)
+    return Half(kept, backward, numbers * (5 if arch.gated_linear_unit else 3) * size.ffn)
+
+
+def expert_half(arch: Arch, size: Sizes, way: Pass) -> Half:
+    """Of a router with its experts, and of the shared one."""
+    count, chosen = arch.num_moe_experts or 0, arch.moe_router_topk or 0
+    outside, sent = way.element * way.outside, way.element * way.tokens * chosen
+    # probabilities of all experts in fp32 and, where they are made to add up to one, those of the chosen and their sum; the weights once more
+    router = way.outside * (4 * (count + (0 if arch.moe_router_pre_softmax else chosen + 1)) + way.element * count)
+    # tokens in the order of their experts; of each what an MLP keeps, its product times its weight, and this weight
+    experts = sent * (size.hidden + 6 * size.expert + 1)
+    shared = way.element * way.tokens * 5 * size.shared + (outside * (size.hidden + 1) if arch.moe_shared_expert_gate else 0)
+    one = sent / max(1, count // way.ep)  # of one expert: they come one after another
+    down, up = (way.weight_gradient * size.hidden * width for width in (size.expert, 2 * size.expert))
+    # gradients of what the experts put out and of what they were given, both whole, beside those inside of one of them
+    backward = 2 * sent * size.hidden + max(one * 3 * size.expert + down, one * (size.hidden + 2 * size.expert) + up)
+    forward = 2 * sent * size.hidden + max(one * 6 * size.expert, way.element * way.tokens * 5 * size.shared)
+    return Half(router + experts + shared, backward, forward)
 
 
 def attention_bytes(arch: Arch, size: Sizes, way: Pass) -> tuple[float, float]:

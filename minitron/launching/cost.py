@@ -20,7 +20,7 @@ from minitron.arch.shards import padded
 from minitron.config.planning import Planning
 from minitron.config.schema import Parallel
 from minitron.hardware import MACHINES, Machine, peak_of
-from minitron.launching.memory import RankMemory, held_parameters, memory
+from minitron.launching.memory import RankMemory, held_parameters, memory, shared_out_parameters
 from minitron.launching.traffic import Traffic, Training, blocks_of, teacher_traffic, traffic
 
 GIB = 2**30
@@ -29,16 +29,22 @@ GIB = 2**30
 LINK_SHARE, CALL_SECONDS = 0.8, {"nvlink": 10e-6, "network": 25e-6}
 # some 25 kernels of a block's forward pass, each of which takes Python and the driver some microseconds to start: a GPU is no faster than that
 BLOCK_SECONDS = 200e-6
+# and some eight of each expert's, which come one after another
+EXPERT_SECONDS = 60e-6
 # bytes per logit that a chunk of the fused loss reads and writes in all its passes over fp32 buffers, student's and teacher's together
 LOGIT_BYTES = 108
 # bytes per parameter of an update: buffers cleared and scaled on every rank; gradient, moments and weights read and written for its share
 UPDATE_WHOLE, UPDATE_SHARE = 12, 42
 
 # parts of a step, in their order: the student's passes; activations that are made once more; the teacher's passes; heads and loss; hidden
-# states (and the loss' statistics) between tensor ranks, keys and values between context ranks, hidden states between stages; waiting of
-# stages for each other; the teacher's last hidden states on their way into the student's layout, its weights on theirs from the host;
-# gradients and parameters between replicas, where the settings hide them behind nothing; the optimizer's update
-SECONDS = ("student", "recompute", "teacher", "loss", "tensor", "context", "stages", "waiting", "relay", "offload", "replicas", "update")
+# states (and the loss' statistics) between tensor ranks, keys and values between context ranks, tokens between expert ranks, hidden states
+# between stages; waiting of stages for each other; the teacher's last hidden states on their way into the student's layout, its weights on
+# theirs from the host; gradients and parameters between replicas, where the settings hide them behind nothing; the optimizer's update
+SECONDS = ("student", "recompute", "teacher", "loss", "tensor", "context", "experts", "stages", "waiting", "relay", "offload", "replicas", "update")
+
+
+# of a microbatch: the part of SECONDS, and the groups whose traffic it is
+BETWEEN = {"tensor": ("tp",), "context": ("cp",), "experts": ("ep",), "stages": ("pp",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +65,25 @@ class Cluster:
         machine = dataclasses.replace(known, **{name: value for name, value in given.items() if value is not None})
         return cls(machine, plan.gpus_per_node, 1e12 * (plan.tflops or plan.efficiency * peak), plan.price)
 
-    def link(self, group: str, ranks: int, layout: Parallel, replicas: int) -> tuple[str, float]:
-        """(name, bytes a second of one GPU) of the slowest link that a group goes over.
+    def link(self, group: str, ranks: int, layout: Parallel, replicas: int, ring: bool = True) -> tuple[str, float]:
+        """(name, bytes a second of one GPU) of the slowest link that a group goes over. `ring`: each member sends to the next, not to all others.
 
-        Ranks lie in Megatron's order: tensor ranks side by side, then context ranks, replicas, stages. A ring over several machines leaves each of
-        them through the cards of all its members there.
+        Ranks lie in Megatron's order: tensor ranks side by side, then context ranks, replicas, stages; expert ranks are the next after the tensor
+        ranks. A ring over several machines leaves each of them through the cards of all its members there.
         """
         stage = layout.tp * layout.cp * replicas
         whole = stage * layout.pp
-        distance = {"tp": 1, "cp": layout.tp, "dp": layout.tp}.get(group, stage)
+        distance = {"tp": 1, "cp": layout.tp, "dp": layout.tp, "ep": layout.tp, "edp": layout.tp * layout.ep}.get(group, stage)
         block = whole if group in ("pp", "ends", "world") else distance * ranks  # neighbours among which the group lies
         machine = self.machine
         if whole <= self.gpus_per_node or (block <= self.gpus_per_node and self.gpus_per_node % block == 0):
             return "nvlink", 1e9 * machine.nvlink * LINK_SHARE
-        together = 1 if group in ("pp", "ends", "world") else max(1, min(ranks, self.gpus_per_node // distance))
+        together = 1 if group in ("pp", "ends", "world") or not ring else max(1, min(ranks, self.gpus_per_node // distance))
         return "network", 1e9 * min(machine.nvlink, machine.network * together) * LINK_SHARE
 
     def seconds(self, one: Traffic, layout: Parallel, replicas: int) -> float:
         """What traffic takes with nothing beside it."""
-        name, speed = self.link(one.group, one.ranks, layout, replicas)
+        name, speed = self.link(one.group, one.ranks, layout, replicas, one.operation != "all-to-all")
         return one.sent / speed + one.calls * CALL_SECONDS[name]
 
 
@@ -149,7 +155,8 @@ def estimate(training: Training, cluster: Cluster, held: list[RankMemory] | None
     parts, bubble = step_seconds(training, cluster, sent)
     per_token = flops_per_token(training.student, cfg.train.seq_length, training.teacher)
     described = {
-        "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "sp": layout.sp, "dp": training.replicas(layout),
+        "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "ep": layout.ep, "sp": layout.sp,
+        "dp": training.replicas(layout),
         "micro_batch_size": cfg.train.micro_batch_size, "microbatches": training.microbatches(layout), "recompute": cfg.train.recompute,
         "teacher_tp": training.teacher_layout.tp, "teacher_pp": training.teacher_layout.pp,
     }  # fmt: skip
@@ -230,7 +237,10 @@ def block_flops(block: Arch, tp: int, seq_length: int) -> tuple[float, float, fl
     whole = padded(block, tp).replace(num_layers=1, layers=())
     head = 2 * whole.vocab_size * whole.hidden_size
     scores = 4 * seq_length * whole.kv_channels * whole.num_attention_heads
-    mlp = 2 * (3 if whole.gated_linear_unit else 2) * whole.hidden_size * whole.ffn_hidden_size
+    neurons = whole.ffn_hidden_size
+    if whole.num_moe_experts is not None:  # those that a token goes through
+        neurons = (whole.moe_router_topk or 0) * (whole.moe_ffn_hidden_size or 0) + (whole.moe_shared_expert_intermediate_size or 0)
+    mlp = 2 * (3 if whole.gated_linear_unit else 2) * whole.hidden_size * neurons
     return (count(whole, seq_length).flops_per_token - head) / tp, scores / tp, mlp / tp
 
 
@@ -244,12 +254,18 @@ def passes(blocks: Iterable[Arch], tp: int, seq_length: int, recompute: str = "n
     return forward, again
 
 
+def least_seconds(blocks: Sequence[Arch], layout: Parallel) -> float:
+    """Of a forward pass through blocks: what starting their kernels takes."""
+    experts = sum((block.num_moe_experts or 0) // layout.ep for block in blocks)
+    return BLOCK_SECONDS * len(blocks) + EXPERT_SECONDS * experts
+
+
 def student_seconds(training: Training, cluster: Cluster, stage: int, sent: Sequence[Traffic]) -> dict[str, float]:
     """What a stage is busy with for one microbatch of the student, forward and backward."""
     cfg, layout, tokens = training.cfg, training.layout, training.tokens
     blocks = blocks_of(training.student, layout, stage)
     forward, again = passes(blocks, layout.tp, cfg.train.seq_length, cfg.train.recompute)
-    least = BLOCK_SECONDS * len(blocks)
+    least = least_seconds(blocks, layout)
     found = {"student": 3 * max(forward * tokens / cluster.flops, least), "recompute": again * tokens / cluster.flops, "loss": 0.0}
     if stage == layout.pp - 1:
         twice = 2 if training.loss.gradients == "recompute" else 1
@@ -258,7 +274,7 @@ def student_seconds(training: Training, cluster: Cluster, stage: int, sent: Sequ
         found["loss"] = tokens * rows * (2 * head / cluster.flops + twice * LOGIT_BYTES / (1e9 * cluster.machine.hbm))
     replicas, turns = training.replicas(layout), training.microbatches(layout)
     one_by_one = [one for one in sent if not one.once]
-    for name, groups in {"tensor": ("tp",), "context": ("cp",), "stages": ("pp",)}.items():
+    for name, groups in BETWEEN.items():
         found[name] = of_kind(cluster, one_by_one, layout, replicas, groups) / turns
     return found
 
@@ -269,11 +285,10 @@ def teacher_seconds(training: Training, cluster: Cluster, stage: int, sent: Sequ
     layout, turns = training.teacher_layout, training.teacher_turns
     blocks = blocks_of(training.teacher, layout, stage)
     forward, _ = passes(blocks, layout.tp, training.cfg.train.seq_length)
-    between = {"tensor": ("tp",), "context": ("cp",), "stages": ("pp",)}
     replicas = training.replicas(layout)
     return {
-        "teacher": max(forward * training.tokens / cluster.flops, BLOCK_SECONDS * len(blocks)),
-        **{name: of_kind(cluster, sent, layout, replicas, groups) / turns for name, groups in between.items()},
+        "teacher": max(forward * training.tokens / cluster.flops, least_seconds(blocks, layout)),
+        **{name: of_kind(cluster, sent, layout, replicas, groups) / turns for name, groups in BETWEEN.items()},
     }
 
 
@@ -291,15 +306,20 @@ def replica_seconds(training: Training, cluster: Cluster, sent: Sequence[Traffic
         "gradients": 2 * one_pass if train.overlap_grad_reduce else 0.0,
         "parameters": one_pass if train.overlap_param_gather else 0.0,
     }
-    at_the_end = [one for one in sent if one.once and one.group != "world"]
-    return sum(max(0.0, cluster.seconds(one, layout, replicas) - hidden.get(one.what, 0.0)) for one in at_the_end)
+    takes: dict[str, float] = {}
+    for one in sent:
+        if one.once and one.group != "world":
+            what = one.what.removeprefix("experts' ")
+            takes[what] = takes.get(what, 0.0) + cluster.seconds(one, layout, replicas)
+    return sum(max(0.0, seconds - hidden.get(what, 0.0)) for what, seconds in takes.items())
 
 
 def update_seconds(training: Training, cluster: Cluster, stage: int) -> float:
     """Reading and writing what an update touches."""
-    numbers = held_parameters(training.student, training.layout, stage)
-    ranks = training.replicas(training.layout) * training.layout.cp
-    return numbers * (UPDATE_WHOLE + UPDATE_SHARE / ranks) / (1e9 * cluster.machine.hbm)
+    layout = training.layout
+    numbers, experts = (of(training.student, layout, stage) for of in (held_parameters, shared_out_parameters))
+    shares = (numbers - experts + layout.ep * experts) / (training.replicas(layout) * layout.cp)
+    return (numbers * UPDATE_WHOLE + shares * UPDATE_SHARE) / (1e9 * cluster.machine.hbm)
 
 
 def offload_seconds(training: Training, cluster: Cluster) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ class Trained:
     cfg: Config
 
     def training(self) -> Training:
-        """Laid over the machines: without any named, one replica of each model. Raises RequestError where the layout can't be."""
-        own = [layout.tp * layout.pp * layout.cp for layout in (self.cfg.parallel, self.cfg.teacher_parallel)]
+        """Laid over the machines: without any named, as few GPUs as hold each model once. Raises RequestError where the layout can't be."""
+        own = [layout.tp * layout.pp * math.lcm(layout.cp, layout.ep) for layout in (self.cfg.parallel, self.cfg.teacher_parallel)]
         training = Training(self.student, self.teacher, self.cfg, self.cfg.plan.gpus or max(own))
         check(training)
         return training
@@ -91,6 +92,6 @@ def way_out(found: dict[str, Any] | None) -> str:
     if not found["fitting"]:
         return "no layout of these machines fits: more of plan.nodes, or teacher.offload=true, is needed"
     layout = found["fitting"][0]["layout"]
-    settings = [f"parallel.{name}={str(layout[name]).lower()}" for name in ("tp", "pp", "vpp", "sp")]
+    settings = [f"parallel.{name}={str(layout[name]).lower()}" for name in ("tp", "pp", "vpp", "ep", "sp") if name != "ep" or layout["ep"] > 1]
     settings += [f"train.{name}={layout[name]}" for name in ("micro_batch_size", "recompute")]
     return f"{' '.join(settings)} fits"

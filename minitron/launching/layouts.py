@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from minitron.config.layout import check_expert_ranks
 from minitron.config.schema import Config
 from minitron.errors import RequestError, refuse
 from minitron.launching.cost import GIB, Cluster, Estimate, estimate
@@ -32,12 +35,11 @@ def divides_the_gpus(training: Training) -> None:
     for name, layout in (("parallel", training.layout), ("teacher.parallel", training.teacher_layout)):
         if training.world_size % (ranks := layout.tp * layout.pp * layout.cp):
             raise refuse(f"{name}.tp", layout.tp, f"tp x pp x cp = {ranks} must divide the number of GPUs, {training.world_size}")
+        check_expert_ranks(layout, training.world_size, name)
 
 
 def goes_together(training: Training) -> None:
     """Virtual stages and sequence parallelism have what they need; hidden states are compared inside one layout."""
-    if training.layout.ep != 1:
-        raise refuse("parallel.ep", training.layout.ep, "only 1 is supported")
     if training.foreign and training.cfg.distill.hidden.enabled:
         alone = "hidden states can't be compared over layouts: teacher.parallel.tp and teacher.parallel.pp must be null"
         raise refuse("distill.hidden.enabled", True, alone)
@@ -48,7 +50,7 @@ def goes_together(training: Training) -> None:
 
 
 def divides_the_models(training: Training) -> None:
-    """MLPs and vocabularies go on the tensor ranks, and every stage has a layer."""
+    """MLPs and vocabularies go on the tensor ranks, experts on theirs, and every stage has a layer."""
     check_layout(training.student, training.layout, "the student's")
     if training.teacher is not None:
         check_layout(training.teacher, training.teacher_layout, "the teacher's", "teacher.parallel" if training.foreign else "parallel")
@@ -75,9 +77,9 @@ def divides_the_sequence(training: Training) -> None:
 
 # each raises what is wrong; of many layouts, the words are counted
 RULES: dict[str, Callable[[Training], None]] = {
-    "tp x pp x cp does not divide the GPUs": divides_the_gpus,
+    "tp x pp x cp does not divide the GPUs, or ep what is left": divides_the_gpus,
     "settings exclude each other": goes_together,
-    "tp does not divide MLP or vocabulary, or there are more stages than layers": divides_the_models,
+    "tp does not divide MLPs or vocabulary, ep the experts, or there are more stages than layers": divides_the_models,
     "the global batch does not divide by replicas and micro-batch": divides_the_batch,
     "the sequence does not divide by the ranks that share it": divides_the_sequence,
 }
@@ -107,7 +109,7 @@ def usable_bytes(cfg: Config) -> float:
 
 def ranked(training: Training) -> Ranked:
     """Every layout of the training's machines, the context ranks and the teacher's settings as they are: tensor ranks inside a machine, stages,
-    virtual stages, sequence parallelism, micro-batch sizes; of each the lightest train.recompute with which it fits."""
+    virtual stages, sequence parallelism, expert ranks, micro-batch sizes; of each the lightest train.recompute with which it fits."""
     cluster, limit = Cluster.of(training.cfg.plan, training.cfg.dtype), usable_bytes(training.cfg)
     too_much = f"more than {limit / GIB:.1f} GiB on a rank, even with train.recompute=full"
     tried, fell, fitting = 0, Counter[str](), []
@@ -129,13 +131,15 @@ def variants(training: Training) -> Iterator[Config]:
     cfg, world = training.cfg, training.world_size
     batch = cfg.train.global_batch_size
     sizes = sorted({*cfg.plan.micro_batch_sizes, cfg.train.micro_batch_size})
+    models = [training.student, *([training.teacher] if training.teacher is not None and cfg.teacher.parallel.ep is None else [])]
+    experts = math.gcd(*(model.num_moe_experts or 0 for model in models))
     for tp in divisors(min(world, cfg.plan.gpus_per_node)):
         for pp in divisors(world // (tp * cfg.parallel.cp)):
             for vpp in VIRTUAL if pp > 1 else (1,):
                 for sp in (False, True) if tp > 1 else (False,):
-                    for size in sizes:
+                    for ep, size in itertools.product(divisors(math.gcd(experts, world // (tp * pp))) if experts else (1,), sizes):
                         if batch % size == 0:
-                            layout = dataclasses.replace(cfg.parallel, tp=tp, pp=pp, vpp=vpp, sp=sp)
+                            layout = dataclasses.replace(cfg.parallel, tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep)
                             yield dataclasses.replace(cfg, parallel=layout, train=dataclasses.replace(cfg.train, micro_batch_size=size))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS, VOCAB, Parameter
 from minitron.arch.shards import held_units, padded, shard_shape, stage_layers, stage_of
+from minitron.config.layout import check_expert_ranks
 from minitron.config.schema import Config, Distill, Parallel
 from minitron.distillation.fused import chunk_shape
 from minitron.distillation.hidden import pairs_of
@@ -85,6 +86,7 @@ def memory(student: Arch, teacher: Arch | None, cfg: Config, world_size: int, de
     model_ranks = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp
     if world_size % model_ranks:
         raise refuse("parallel.tp", cfg.parallel.tp, f"tp x pp x cp = {model_ranks} must divide the number of processes, {world_size}")
+    check_expert_ranks(cfg.parallel, world_size)
     found = []
     for stage in range(cfg.parallel.pp):
         ranks = [Rank(student, teacher, cfg, world_size, device, stage, its) for its in teacher_stages(stage, teacher, cfg)]
@@ -100,31 +102,36 @@ def teacher_stages(stage: int, teacher: Arch | None, cfg: Config) -> list[int]:
     return [one for one in range(its) if one * pp < (stage + 1) * its and (one + 1) * pp > stage * its]
 
 
-def stage_parameters(arch: Arch, parallel: Parallel, stage: int) -> Iterator[tuple[Parameter, int | None]]:
-    """Rows of the table, with the layer's number, that the ranks of a pipeline stage hold: the embedding lies on the first, final norm and head
-    on the last, which has a copy of a tied embedding."""
+def stage_parameters(arch: Arch, parallel: Parallel, stage: int) -> Iterator[tuple[Parameter, Arch, int]]:
+    """Rows of the table that the ranks of a pipeline stage hold, with the sizes of their block, and how many of each a rank has, which are several
+    of experts: the embedding lies on the first stage, final norm and head on the last, which has a copy of a tied embedding."""
     first, last = stage == 0, stage == parallel.pp - 1
     tied = "embedding.word_embeddings.weight" if arch.share_embeddings_and_output_weights else ""
-    layers = [*itertools.chain(*chunk_layers(arch, parallel, stage))]
+    blocks = [arch.layer(layer) for layer in itertools.chain(*chunk_layers(arch, parallel, stage))]
     for row in PARAMETERS:
         embedding = row.name.startswith("embedding.")
-        if not row.exists(arch):
-            continue
         if row.per_layer:
-            yield from ((row, layer) for layer in layers)
-        elif (embedding and first) or (last and (not embedding or (row.name == tied and not first))):
-            yield row, None
+            yield from ((row, block, row.copies(block) // parallel.ep if row.per_expert else 1) for block in blocks if row.exists(block))
+        elif row.exists(arch) and ((embedding and first) or (last and (not embedding or (row.name == tied and not first)))):
+            yield row, arch, 1
 
 
-def shard_numbers(row: Parameter, arch: Arch, layer: int | None, tp: int) -> int:
-    """Numbers of a rank's part of a parameter."""
-    return math.prod(shard_shape(row, arch.layer(layer), tp))
+def shard_numbers(row: Parameter, block: Arch, tp: int) -> int:
+    """Numbers of a rank's part of one parameter, of a block of these sizes."""
+    return math.prod(shard_shape(row, block, tp))
 
 
 @functools.cache
 def held_parameters(arch: Arch, parallel: Parallel, stage: int) -> int:
     """Numbers that a rank of a pipeline stage holds of a model's parameters, padding included: what its modules allocate."""
-    return sum(shard_numbers(row, arch, layer, parallel.tp) for row, layer in stage_parameters(arch, parallel, stage))
+    return sum(held * shard_numbers(row, block, parallel.tp) for row, block, held in stage_parameters(arch, parallel, stage))
+
+
+@functools.cache
+def shared_out_parameters(arch: Arch, parallel: Parallel, stage: int) -> int:
+    """Those of them that other expert ranks do not hold: all experts', where there is more than one such rank."""
+    rows = stage_parameters(arch, parallel, stage) if parallel.ep > 1 else ()
+    return sum(held * shard_numbers(row, block, parallel.tp) for row, block, held in rows if row.per_expert)
 
 
 def chunk_layers(arch: Arch, parallel: Parallel, stage: int) -> list[range]:
@@ -132,12 +139,14 @@ def chunk_layers(arch: Arch, parallel: Parallel, stage: int) -> list[range]:
     return stage_layers(arch.num_layers, parallel.pp * parallel.vpp)[stage :: parallel.pp]
 
 
-def communicators(parallel: Parallel, world_size: int) -> int:
-    """The groups of a layout, beside that of all ranks, that a rank of a GPU talks in."""
-    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
+def communicators(arch: Arch, parallel: Parallel, world_size: int) -> int:
+    """The groups of a model's layout, beside that of all ranks, that a rank of a GPU talks in."""
+    tp, pp, cp, ep = parallel.tp, parallel.pp, parallel.cp, parallel.ep
     replicas = world_size // (tp * pp * cp)
     first_and_last = 2 * (pp > 1)  # for a tied embedding, and for one of positions
-    return sum(size > 1 for size in (tp, pp, cp, replicas, replicas * cp, tp * pp)) + first_and_last
+    # experts' tensor ranks, expert ranks, both together (who tells how many tokens go where), and the replicas of their gradients
+    experts = (tp, ep, tp * ep if parallel.sp else 1, replicas * cp // ep if ep > 1 else 1) if arch.num_moe_experts is not None else ()
+    return sum(size > 1 for size in (tp, pp, cp, replicas, replicas * cp, tp * pp, *experts)) + first_and_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +208,7 @@ class Rank:
         """A microbatch's pass through a model of this layout."""
         train = self.cfg.train
         return Pass(train.micro_batch_size, train.seq_length, parallel.tp, parallel.cp, parallel.sp, self.element, self.device, recompute,
-                    self.cfg.data.separate_documents)  # fmt: skip
+                    self.cfg.data.separate_documents, parallel.ep)  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -209,7 +218,10 @@ class Rank:
     def memory(self) -> RankMemory:
         """By part."""
         numbers, element = self.numbers, self.element
-        moments = (2 if element == 4 else 3) * 4 * numbers / (self.replicas * self.cfg.parallel.cp)
+        parallel, experts = self.cfg.parallel, shared_out_parameters(self.student, self.cfg.parallel, self.stage)
+        # expert ranks are some of those that share the optimizer, which for the experts are as many fewer
+        shares = (numbers - experts + parallel.ep * experts) / (self.replicas * parallel.cp)
+        moments = (2 if element == 4 else 3) * 4 * shares
         blocks, in_flight = self.in_flight()
         loss = self.scratch() + self.head_gradient() if self.is_last else 0.0
         weights, waiting = self.teacher_weights()
@@ -328,9 +340,9 @@ class Rank:
         """Communicators of a GPU; and under sequence parallelism the buffer that the parts of a sequence are gathered in."""
         parallel, teacher = self.cfg.parallel, self.cfg.teacher_parallel
         gathered = self.element * self.tokens * self.student.hidden_size if parallel.sp else 0
-        groups = (self.world_size > 1) + communicators(parallel, self.world_size)
+        groups = (self.world_size > 1) + communicators(self.student, parallel, self.world_size)
         if self.teacher is not None and teacher != parallel:
-            groups += communicators(teacher, self.world_size)
+            groups += communicators(self.teacher, teacher, self.world_size)
         return gathered + (groups * NCCL_COMMUNICATOR if self.device == "cuda" else 0)
 
     def copies(self) -> float:

@@ -26,6 +26,7 @@ RING = {
     "all-reduce": lambda ranks: 2 * (ranks - 1) / ranks,
     "all-gather": lambda ranks: (ranks - 1) / ranks,
     "reduce-scatter": lambda ranks: (ranks - 1) / ranks,
+    "all-to-all": lambda ranks: (ranks - 1) / ranks,
     "send": lambda ranks: 1.0,
 }
 
@@ -34,9 +35,9 @@ RING = {
 class Traffic:
     """Calls of one collective that a rank takes part in during a step.
 
-    `what` travels and `operation`, in words; `group`: the ranks that take part, "tp", "cp", "dp" (with the context ranks), "pp", "ends" (first and
-    last stage) or "world", and how many these are. `bytes`: of all calls' tensors as a whole: what is summed, what is gathered, what is scattered,
-    what is sent. `once`: in a step, not with each microbatch.
+    `what` travels and `operation`, in words; `group`: the ranks that take part, "tp", "cp", "dp" (with the context ranks), "ep", "edp" (the replicas
+    of an expert), "pp", "ends" (first and last stage) or "world", and how many these are. `bytes`: of all calls' tensors as a whole: what is
+    summed, what is gathered, what is scattered, what is sent, all to all what arrives. `once`: in a step, not with each microbatch.
     """
 
     what: str
@@ -150,9 +151,11 @@ def pass_traffic(training: Training, arch: Arch, layout: Parallel, stage: int, w
     first, last = stage == 0, stage == layout.pp - 1
     whole = tokens * arch.hidden_size * element  # the hidden states of a microbatch, of a context rank's sequence
     recompute = training.cfg.train.recompute if trains else "none"
-    # products that are made once more: those that put their sum out, two of a block; `selective` leaves attention's alone
-    again = {"none": 0, "selective": 0 if arch.mlp_bias else 1, "full": 2}[recompute] * len(blocks)
-    forward, back = 2 * len(blocks), 2 * len(blocks) * trains
+    # products that put their sum out, two of a block, one where experts see to it; of those made once more, `selective` leaves attention's alone
+    halves = [len(blocks), sum(block.num_moe_experts is None or block.moe_shared_expert_intermediate_size is not None for block in blocks)]
+    remade = {"none": [0, 0], "selective": [0, 0 if arch.mlp_bias else 1], "full": [1, 1]}[recompute]
+    again = sum(count * times for count, times in zip(halves, remade, strict=True))
+    forward, back = sum(halves), sum(halves) * trains
     # the head's input is copied to (under sequence parallelism: gathered on) all tensor ranks, so its gradient is their sum
     if not layout.sp:
         yield _sums(f"{who}'s hidden states", "all-reduce", layout.tp, turns, forward + back + again + first + (last and trains), whole)
@@ -160,6 +163,7 @@ def pass_traffic(training: Training, arch: Arch, layout: Parallel, stage: int, w
         gathers = forward + 2 * back + again + (first and trains) + last
         yield _sums(f"{who}'s hidden states", "all-gather", layout.tp, turns, gathers, whole)
         yield _sums(f"{who}'s hidden states", "reduce-scatter", layout.tp, turns, forward + back + again + first + (last and trains), whole)
+    yield from expert_traffic(training, blocks, layout, who, turns, remade[1])
     keys = sum(2 * tokens * layout.cp * (padded(block, layout.tp).num_query_groups // layout.tp) * block.kv_channels * element for block in blocks)
     times = 1 + (recompute != "none")
     yield Traffic(f"{who}'s keys and values", "all-gather", "cp", layout.cp, 2 * len(blocks) * times * turns, keys * times * turns)
@@ -167,6 +171,33 @@ def pass_traffic(training: Training, arch: Arch, layout: Parallel, stage: int, w
         yield Traffic(f"{who}'s keys and values", "reduce-scatter", "cp", layout.cp, 2 * len(blocks) * turns, keys * turns)
     sends = (layout.vpp - last + (layout.vpp - first) * trains) * turns
     yield Traffic(f"{who}'s hidden states", "send", "pp", layout.pp, sends, sends * whole // (layout.tp if layout.sp else 1))
+
+
+def expert_traffic(training: Training, blocks: list[Arch], layout: Parallel, who: str, turns: int, again: int) -> Iterator[Traffic]:
+    """Of a model's experts: tokens on their way to them and back, with the weights that they were chosen by; each expert is taken to get as many as
+    every other. `again`: how many times a forward pass is made once more."""
+    mixed = [block for block in blocks if block.num_moe_experts is not None]
+    trains = who == "student"
+    passes = turns * (1 + again + trains)
+    element, tp, ep = training.element, layout.tp, layout.ep
+    sent = sum(training.tokens * (block.moe_router_topk or 0) for block in mixed)  # tokens for the experts of a rank's tensor group
+    states = element * sum(training.tokens * (block.moe_router_topk or 0) * block.hidden_size for block in mixed)
+    outside = tp if layout.sp else 1
+    count, weights = len(mixed), element * sent
+    # there with their weights, and back; each with its gradient
+    yield Traffic(f"{who}'s tokens for experts", "all-to-all", "ep", ep, 3 * count * passes, passes * (2 * states + weights) // outside)
+    told = 8 * sum(block.num_moe_experts or 0 for block in mixed) * turns * (1 + again)  # how many tokens go to each expert
+    if not layout.sp:
+        yield Traffic("numbers of tokens by expert", "all-gather", "ep", ep, count * turns * (1 + again), told * ep)
+        # what experts put out is summed; so are the gradients of what they are given, tokens and weights
+        sums, rows = turns * (1 + again), turns * trains
+        yield Traffic(f"{who}'s tokens for experts", "all-reduce", "tp", tp, count * (sums + 2 * rows), sums * states + rows * (states + weights))
+        return
+    yield Traffic("numbers of tokens by expert", "all-gather", "ep", ep * tp, count * turns * (1 + again), told * ep * tp)
+    there, back = turns * (1 + again), turns * trains
+    gathered, scattered = there * (states + weights) + back * states, there * states + back * (states + weights)
+    yield Traffic(f"{who}'s tokens for experts", "all-gather", "tp", tp, count * (2 * there + back), gathered)
+    yield Traffic(f"{who}'s tokens for experts", "reduce-scatter", "tp", tp, count * (there + 2 * back), scattered)
 
 
 def _sums(what: str, operation: str, ranks: int, turns: int, calls: int, whole: int) -> Traffic:
@@ -203,12 +234,18 @@ def replica_traffic(training: Training, stage: int) -> Iterator[Traffic]:
     layout, arch = training.layout, training.student
     shards = shards_of(arch, layout, stage)
     ranks = training.replicas(layout) * layout.cp
-    numbers = buffer_numbers([count for _, count in shards], ranks)
-    # each virtual stage has a buffer of its own; with overlap it has several parts, which are sent one by one
-    yield Traffic("gradients", "reduce-scatter", "dp", ranks, layout.vpp, 4 * numbers, once=True)
-    yield Traffic("parameters", "all-gather", "dp", ranks, layout.vpp, training.element * numbers, once=True)
+    shared_out = any(kind == "experts" for _, _, kind in shards)
+    # Megatron has an optimizer of their own for experts that ranks share out, and each of the two has all parameters gathered
+    gathers = 2 if shared_out and not training.cfg.train.overlap_param_gather else 1
+    for whose, group, of, kinds in (("", "dp", ranks, ("dense", "tied")), ("experts' ", "edp", ranks // layout.ep, ("experts",))):
+        mine = [[count for _, count, its in shards if its == kind] for kind in kinds]
+        numbers = sum(buffer_numbers(counts, of) for counts in mine if counts)
+        # each virtual stage has a buffer of its own, and a tied embedding on two stages; with overlap it has several parts, which are sent one by one
+        calls = layout.vpp * bool(mine[0]) + bool(mine[1:] and mine[1])
+        yield Traffic(f"{whose}gradients", "reduce-scatter", group, of, calls, 4 * numbers, once=True)
+        yield Traffic(f"{whose}parameters", "all-gather", group, of, gathers * calls, gathers * training.element * numbers, once=True)
     if layout.sp:
-        copied = sum(count for split, count in shards if not split)
+        copied = sum(count for split, count, _ in shards if not split)
         yield Traffic("gradients of norms and biases", "all-reduce", "tp", layout.tp, 1, 4 * copied, once=True)
     if arch.share_embeddings_and_output_weights and layout.pp > 1 and stage in (0, layout.pp - 1):
         rows = padded(arch, layout.tp).vocab_size // layout.tp
@@ -216,10 +253,19 @@ def replica_traffic(training: Training, stage: int) -> Iterator[Traffic]:
 
 
 @functools.cache
-def shards_of(arch: Arch, layout: Parallel, stage: int) -> tuple[tuple[bool, int], ...]:
-    """Of every parameter on a stage: whether the tensor ranks have parts of it, and the numbers of a rank's."""
-    rows = stage_parameters(arch, layout, stage)
-    return tuple((row.tp_dim is not None, shard_numbers(row, arch, layer, layout.tp)) for row, layer in rows)
+def shards_of(arch: Arch, layout: Parallel, stage: int) -> tuple[tuple[bool, int, str], ...]:
+    """Of every parameter on a stage: whether the tensor ranks have parts of it, the numbers of a rank's, and its kind: "experts" that ranks share
+    out, an embedding that is "tied" to another stage's head, "dense"."""
+    tied = "embedding.word_embeddings.weight" if arch.share_embeddings_and_output_weights and layout.pp > 1 else ""
+    return tuple(
+        (
+            row.tp_dim is not None,
+            shard_numbers(row, block, layout.tp),
+            "experts" if row.per_expert and layout.ep > 1 else "tied" if row.name == tied else "dense",
+        )
+        for row, block, held in stage_parameters(arch, layout, stage)
+        for _ in range(held)
+    )
 
 
 def buffer_numbers(shards: list[int], ranks: int) -> int:

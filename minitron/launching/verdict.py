@@ -189,9 +189,11 @@ def loads(heard: Heard) -> Iterator[tuple[str, float]]:
     stages = heard.needs.memory
     if not stages or not all(card.device for card in heard.there.values()):
         return
-    of_stage = len(heard.cards) // len(stages)  # a pipeline stage is a run of ranks, of which the first replica is the first tensor group
+    of_stage = len(heard.cards) // len(
+        stages
+    )  # a pipeline stage is a run of ranks, of which the first tensor group writes, and those of other experts
     needed = [
-        stages[rank // of_stage] if rank % of_stage < heard.cfg.parallel.tp else stages[rank // of_stage].without_copies
+        stages[rank // of_stage] if rank % of_stage < heard.cfg.parallel.tp * heard.cfg.parallel.ep else stages[rank // of_stage].without_copies
         for rank in range(len(heard.cards))
     ]
     on_gpus = {rank for rank, card in heard.there.items() if card.device == "cuda" and card.device_bytes}

@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
+from minitron.reporting.generation import memory_told, speed_table, told
 from minitron.reporting.report import loss_told, model_name
 from minitron.reporting.results import Evals, Row, models_of, rows, task_rows
 from minitron.reporting.runfiles import RunFiles
 from minitron.reporting.wording import ABSENT, changes, counted, decimal, measurement, percent, ratio, size
 
 CARD, SETTINGS = "README.md", "minitron_config.json"
+SPEED_HEADING = "## Speed"
 PAPERS = "[Minitron](https://arxiv.org/abs/2407.14679)"
 
 
@@ -144,6 +146,18 @@ def tasks(evals: Evals) -> list[str]:
         return []
     told = "Tasks of lm-eval, with standard errors. Retained: the last model's value as a fraction of the first one's, where more is better."
     return [table(("task", "metric", "questions", *models_of(evals), "retained"), lines), told]
+
+
+def with_speed(text: str, found: Mapping[str, Any]) -> str:
+    """A card with what was measured of the model's generation, in the place of what an earlier measurement said, or before the licence."""
+    head, _, lines = speed_table(found)
+    note = ". ".join(part for part in (told(found), memory_told(found)) if part)
+    section = f"{SPEED_HEADING}\n\n{table(head, [[*map(cell, line)] for line in lines])}\n\n{note}.\n\n"
+    parts = re.split(r"(?m)^(?=## )", text)
+    parts = [part for part in parts if not part.startswith(f"{SPEED_HEADING}\n")]
+    at = next((number for number, part in enumerate(parts) if part.startswith("## Licence\n")), len(parts))
+    before = "".join(parts[:at]).rstrip("\n")
+    return f"{before}\n\n{section}{''.join(parts[at:])}".rstrip("\n") + "\n"
 
 
 def terms(made: Made) -> list[str]:

@@ -27,11 +27,21 @@ MEMORY = {
 }  # fmt: skip
 SECONDS = {
     "student": "student's passes", "recompute": "made once more for the way back", "teacher": "teacher's passes", "loss": "heads and fused loss",
-    "tensor": "between tensor ranks", "context": "between context ranks", "stages": "between stages", "waiting": "pipelines fill and empty",
+    "tensor": "between tensor ranks", "context": "between context ranks", "experts": "between expert ranks", "stages": "between stages",
+    "waiting": "pipelines fill and empty",
     "relay": "teacher's states to the student's layout", "offload": "teacher's weights from the host", "replicas": "between replicas",
     "update": "optimizer's update",
 }  # fmt: skip
-GROUPS = {"tp": "tensor ranks", "cp": "context ranks", "dp": "replicas", "pp": "stages", "ends": "first and last stage", "world": "all ranks"}
+GROUPS = {
+    "tp": "tensor ranks",
+    "cp": "context ranks",
+    "dp": "replicas",
+    "ep": "expert ranks",
+    "edp": "replicas of experts",
+    "pp": "stages",
+    "ends": "first and last stage",
+    "world": "all ranks",
+}
 LINKS = {"nvlink": "NVLink", "network": "network"}
 
 
@@ -66,10 +76,10 @@ def show_layouts(layouts: Launch, mine: Launch, count: int, console: Console) ->
 
 
 def best_of_each(rows: Sequence[Launch]) -> list[Launch]:
-    """Of layouts in order, the first of each tp, pp and vpp: others differ in micro-batch, sequence parallelism or recompute alone."""
+    """Of layouts in order, the first of each tp, pp, vpp and ep: others differ in micro-batch, sequence parallelism or recompute alone."""
     found: dict[tuple[int, ...], Launch] = {}
     for row in rows:
-        found.setdefault(tuple(row["layout"][name] for name in ("tp", "pp", "vpp")), row)
+        found.setdefault(tuple(row["layout"][name] for name in ("tp", "pp", "vpp", "ep")), row)
     return list(found.values())
 
 
@@ -88,7 +98,7 @@ def machines_told(launch: Launch) -> str:
 
 def layout_told(layout: Launch) -> str:
     """A layout in words."""
-    sizes = [f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp") if layout[name] > 1 or name in ("tp", "pp", "dp")]
+    sizes = [f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if layout[name] > 1 or name in ("tp", "pp", "dp")]
     more = ["sp"] if layout["sp"] else []
     if (layout["teacher_tp"], layout["teacher_pp"]) != (layout["tp"], layout["pp"]):
         more.append(f"teacher tp {layout['teacher_tp']} pp {layout['teacher_pp']}")
@@ -188,13 +198,14 @@ def outcome_table(runs: Sequence[Launch], left_out: Sequence[str]) -> Table:
 def layouts_table(kept: Sequence[Launch], mine: Launch, best: Sequence[Launch], left_out: Sequence[str]) -> Table:
     """Layouts by speed, with their places among the best; the one of the settings is bold, and may have no place."""
     columns: dict[str, Callable[[Launch], str]] = {
-        **{name: (lambda row, name=name: str(row["layout"][name])) for name in ("tp", "pp", "vpp", "dp")},  # type: ignore[misc]
+        **{name: (lambda row, name=name: str(row["layout"][name])) for name in ("tp", "pp", "vpp", "ep", "dp")},  # type: ignore[misc]
         "sp": lambda row: "yes" if row["layout"]["sp"] else "no",
         "micro-batch": lambda row: str(row["layout"]["micro_batch_size"]),
         "recompute": lambda row: str(row["layout"]["recompute"]),
         **{heading: FIGURES[heading] for heading in ("GiB", "bubble", "TFLOP/s per GPU", "step", "tokens/day", "days")},
     }
-    shown = {heading: write for heading, write in columns.items() if heading not in left_out}
+    without = {*left_out, *(["ep"] if all(row["layout"]["ep"] == 1 for row in kept) else [])}
+    shown = {heading: write for heading, write in columns.items() if heading not in without}
     table = _table("layouts that fit", list(shown))
     for row in kept:
         here = is_mine(row, mine)

@@ -38,7 +38,7 @@ dd.note{color:var(--muted);font-size:.8125rem;font-weight:400;letter-spacing:0;w
 .told dd{font-size:1rem;font-weight:400;letter-spacing:0;line-height:1.5rem;white-space:normal;overflow-wrap:anywhere}
 .grid+.card{margin-top:1.25rem}
 .absent+.grid{margin-top:1.25rem}
-#search td{white-space:nowrap}
+#search td,#speed td{white-space:nowrap}
 .scroll{overflow-x:auto}
 table{width:100%;border-collapse:collapse;font-size:.9375rem}
 th{color:var(--muted);font-weight:500;font-size:.8125rem;text-align:left;vertical-align:bottom}

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitron.arch.arch import Arch
 from minitron.arch.counts import scaled
 from minitron.reporting import standing
 from minitron.reporting.console import fitting
@@ -34,6 +35,8 @@ def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | Non
     tables = {count: _models(plan, order[:count], asked) for count in range(len(order) + 1)}
     shown = fitting(tables.values(), console)
     console.print(shown)
+    if plan.arch.num_moe_experts is not None:
+        console.print(Text(experts_told(plan.arch)))
     if left_out := order[: next(count for count, table in tables.items() if table is shown)]:
         console.print(Text(f"a wider terminal also shows {', '.join(left_out)}", style="dim"))
     if plan.grid is not None:
@@ -56,6 +59,22 @@ def _cost(name: str, model: Candidate) -> str:
     return scaled(amount, 2) if name in PARAMETERS else COSTS[name][1](amount)  # as many digits as published counts have
 
 
+def experts_told(arch: Arch) -> str:
+    """A model's experts, in words."""
+    blocks = sum(map(arch.routes, range(arch.num_layers)))
+    where = "each block" if blocks == arch.num_layers else f"{blocks:,} of the {arch.num_layers:,} blocks"
+    shared = arch.moe_shared_expert_intermediate_size
+    beside = f", and a shared one of {shared:,}" if shared is not None else ""
+    return (
+        f"{arch.num_moe_experts:,} experts of {arch.moe_ffn_hidden_size:,} neurons in {where}, {arch.moe_router_topk:,} of them for a token{beside}"
+    )
+
+
+def sparse(model: Candidate) -> bool:
+    """Whether a token makes use of a part of the parameters alone."""
+    return model.costs.get("active_params", 0) < model.costs["params"]
+
+
 def _models(plan: Plan, left_out: Sequence[str], asked: Collection[str]) -> Table:
     costs = {heading: functools.partial(_cost, name) for heading, name in BUDGETED.items()}
     columns: dict[str, Callable[[Candidate], str]] = {
@@ -64,7 +83,11 @@ def _models(plan: Plan, left_out: Sequence[str], asked: Collection[str]) -> Tabl
         "share": lambda model: percent(ratio(model.costs["params"], plan.original.costs["params"])),
         **costs,
     }
-    where = {"latency": any("latency_ms" in model.costs for model in plan.models), "active": "active_params" in asked}
+    where = {
+        "latency": any("latency_ms" in model.costs for model in plan.models),
+        "active": "active_params" in asked or any(sparse(model) for model in (plan.original, *plan.models)),
+        "MLP": plan.arch.has_dense_blocks,
+    }
     shown = {heading: write for heading, write in columns.items() if heading not in left_out and where.get(heading, True)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)

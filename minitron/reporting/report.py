@@ -9,10 +9,11 @@ from minitron.arch.counts import count
 from minitron.config.schema import BUDGETS
 from minitron.files import write_text
 from minitron.reporting import curves, page, pictures, searched, standing
+from minitron.reporting.generation import memory_told, speed_pictures, speed_table, told
 from minitron.reporting.results import HELD_OUT, STUDENT, WHOLE, Evals, gap_on, models_of, rows, task_rows, windows_told
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed
-from minitron.reporting.wording import ABSENT, SIZES, counted, decimal, kept_of, measurement, percent, ratio, size, size_of
+from minitron.reporting.wording import ABSENT, counted, decimal, kept_of, measurement, percent, ratio, size, size_of, sizes_of
 
 REPORT = "report.html"
 
@@ -32,7 +33,7 @@ def render(run: RunFiles) -> str:
     """The whole page."""
     name = model_name(run)
     compression = () if run.whole else (search, architecture, importance)
-    body = "\n".join(part(run) for part in (summary, *compression, training, evaluation, loading, settings))
+    body = "\n".join(part(run) for part in (summary, *compression, training, evaluation, speeds, loading, settings))
     kind = "Training report" if run.whole else "Compression report"
     header, footer = page.header(kind, name, lead(run)), page.footer(f"minitron {minitron.__version__} · {run.path}")
     return page.page(f"{name} · minitron", f"{header}\n<main>\n{body}\n</main>\n{footer}")
@@ -149,12 +150,14 @@ def size_rows(original: Arch, pruned: Arch, seq_length: int | None) -> list[tupl
     """The table of sizes and costs; FLOPs are told for sequences of `seq_length` tokens (the longest that fit if None)."""
     length = seq_length or original.max_position_embeddings
     before, after = count(original, length), count(pruned, length)
+    sparse = before.active_parameters < before.parameters
     lines = [
         (name[0].upper() + name[1:], size_of(original, field), size_of(pruned, field), kept_of(original, pruned, field))
-        for name, field in SIZES.items()
+        for name, field in sizes_of(original).items()
     ]
     costs = (
         ("Parameters", before.parameters, after.parameters, size),
+        *([("Parameters a token makes use of", before.active_parameters, after.active_parameters, size)] if sparse else []),
         ("Forward FLOPs per token", before.flops_per_token, after.flops_per_token, size),
         ("KV cache per token, bf16", before.kv_cache_bytes_per_token, after.kv_cache_bytes_per_token, kibibytes),
     )
@@ -242,6 +245,18 @@ def evaluation(run: RunFiles) -> str:
         cards.append(page.table_card("Tasks, with standard errors", page.table(head, shown, strong=None, texts=2)))
     note = page.remark(f"Loss in nats per token; perplexity per token{' and per word' if words else ''}, of {told}.") if told else ""
     return page.section("evaluation", "Evaluation", note, page.grid(*cards))
+
+
+def speeds(run: RunFiles) -> str:
+    """How fast the exported model generates; nothing of a run that did not ask for it."""
+    if run.speed is None:
+        return page.section("speed", "Speed", page.absent("speed.json", "speed")) if run.setting("speed.enabled") else ""
+    note = ". ".join(part for part in (told(run.speed), memory_told(run.speed)) if part)
+    head, texts, lines = speed_table(run.speed)
+    table = page.table_card(
+        "Generation", page.table([name[0].upper() + name[1:] for name in head], lines, strong=models_of(run.evals or {})[-1], texts=texts)
+    )
+    return page.section("speed", "Speed", page.remark(f"{note}."), page.grid(*map(page.card, speed_pictures(run.speed))), table)
 
 
 def loading(run: RunFiles) -> str:

@@ -18,7 +18,7 @@ from minitron.files import read_object
 from minitron.search.candidates import FILE as CANDIDATES
 from minitron.search.candidates import Results
 
-METRICS, RECORD = "metrics.jsonl", "stages.json"
+METRICS, RECORD, SPEED = "metrics.jsonl", "stages.json", "speed.json"
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -43,6 +43,7 @@ class RunFiles:
     search: Results | None
     exported: bool
     whole: bool  # one model trained as it is (`minitron train`), nothing compressed
+    speed: dict[str, Any] | None = None  # how fast the exported model generates, where that was measured
 
     def setting(self, name: str) -> Any:
         """A setting by its dotted name; None if it, or config.yaml, is absent."""
@@ -69,6 +70,7 @@ def read_run(run_dir: Path) -> RunFiles:
         search=Results.load(run_dir) if (run_dir / CANDIDATES).exists() else None,
         exported=(run_dir / "hf" / "config.json").exists(),
         whole=(run_dir / RECORD).exists() and "train" in read_object(run_dir / RECORD),
+        speed=read_object(run_dir / SPEED) if (run_dir / SPEED).exists() else None,
     )
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from minitron.data.pieces import ENDING
 from minitron.engine.verified import fault
 from minitron.reporting.console import final_table
+from minitron.reporting.generation import show_speed
 from minitron.reporting.report import REPORT, model_name
 from minitron.reporting.runfiles import RunFiles, read_run
 from minitron.reporting.speed import speed, values
@@ -138,3 +139,5 @@ def show_summary(run_dir: Path, stages: Mapping[str, str], at_work: str | None, 
     page = run.path / REPORT
     notes = {"report": str(page) if page.exists() else f"none yet: minitron report run.dir={run.path} makes it"}
     final_table(run.evals or {}, notes | ({"model": str(run.path / "hf")} if run.exported else {}), console=console)
+    if run.speed is not None:
+        show_speed(run.speed, console=console)

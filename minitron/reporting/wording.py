@@ -10,6 +10,10 @@ SIZES = {  # what a reader sees -> the field of Arch
     "layers": "num_layers",
     "hidden size": "hidden_size",
     "MLP neurons per layer": "ffn_hidden_size",
+    "experts per layer": "num_moe_experts",
+    "neurons per expert": "moe_ffn_hidden_size",
+    "neurons of the shared expert": "moe_shared_expert_intermediate_size",
+    "experts of a token": "moe_router_topk",
     "attention heads": "num_attention_heads",
     "KV groups": "num_query_groups",
     "channels per head": "kv_channels",
@@ -61,6 +65,13 @@ def prepared(name: str, part: Part) -> str:
     return f"{name}: {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} from {part.source}"
 
 
+def sizes_of(arch: Arch) -> dict[str, str]:
+    """Those of SIZES that a model has: its MLPs, its experts, or both."""
+    return {
+        name: field for name, field in SIZES.items() if getattr(arch, field) is not None and (field != "ffn_hidden_size" or arch.has_dense_blocks)
+    }
+
+
 def span(arch: Arch, field: str) -> tuple[int, int]:
     """The smallest and the largest value of a size over the layers; twice the same where they are alike."""
     values = [getattr(block, field) for block in arch.layers if hasattr(block, field)] or [getattr(arch, field)]
@@ -86,5 +97,5 @@ def kept_of(original: Arch, pruned: Arch, field: str) -> str:
 
 def changes(original: Arch, pruned: Arch) -> list[str]:
     """What a cut made of each size that it changed: ["hidden size 64 -> 48", ...]."""
-    sizes = {name: (size_of(original, field), size_of(pruned, field)) for name, field in SIZES.items()}
+    sizes = {name: (size_of(original, field), size_of(pruned, field)) for name, field in sizes_of(original).items()}
     return [f"{name} {before} -> {after}" for name, (before, after) in sizes.items() if before != after]

@@ -45,6 +45,11 @@ def axes(arch: Arch, search: Search, parallel: Parallel) -> dict[str, list[int]]
         "num_query_groups": lambda: [arch.num_query_groups],
     }
     found = {}
+    if not arch.has_dense_blocks:  # no block has an MLP that could be made smaller
+        own["ffn_hidden_size"] = lambda: [arch.ffn_hidden_size]
+        for name in ("ffn_hidden_size", "ffn_expansion"):
+            if (asked := getattr(search, name)) is not None:
+                raise refuse(f"search.{name}", asked, "must be null: every block has experts in place of an MLP")
     for name in SIZES:
         given, present = getattr(search, name), getattr(arch, name)
         if given is not None and max(given) > present:

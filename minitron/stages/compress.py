@@ -11,13 +11,19 @@ from minitron.files import read_object
 from minitron.reporting.console import final_table, say, stage_banner
 from minitron.reporting.report import write_report
 from minitron.session import Session, session
-from minitron.stages import calibrate, data, distill, evaluate, export, prune, search
+from minitron.stages import calibrate, data, distill, evaluate, export, prune, search, speed
 from minitron.teaching import fitting_cache
 
 STAGES: dict[str, Callable[[Session], object]] = {
     "data": data.work, "calibrate": calibrate.work, "search": search.work, "prune": prune.work, "distill": distill.work, "evaluate": evaluate.work,
-    "export": export.work,
+    "export": export.work, "speed": speed.work,
 }  # fmt: skip
+
+
+def stages_of(cfg: Config) -> dict[str, Callable[[Session], object]]:
+    """Those that these settings ask for, in their order."""
+    needless = {"search": not searches(cfg, "compress"), "speed": not cfg.speed.enabled}
+    return {verb: stage for verb, stage in STAGES.items() if not needless.get(verb)}
 
 
 def run(cfg: Config) -> None:
@@ -28,7 +34,7 @@ def run(cfg: Config) -> None:
 
 def work(opened: Session) -> None:
     """Do the stages in order, up to run.until or with the report."""
-    stages, until = {verb: stage for verb, stage in STAGES.items() if verb != "search" or searches(opened.cfg, "compress")}, opened.cfg.run.until
+    stages, until = stages_of(opened.cfg), opened.cfg.run.until
     for number, (verb, stage) in enumerate(stages.items(), start=1):
         # a stage that begins anew marks those after it as out of date
         done = opened.is_done(verb)

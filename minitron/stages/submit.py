@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from minitron.checks import check, searches
+from minitron.checks import check
 from minitron.config.compose import compose, parsed
 from minitron.config.layout import check_layout
 from minitron.config.schema import Config
@@ -25,7 +25,7 @@ from minitron.record import FREE, FREE_NAMES, RECORD, check_bound, flat, own, re
 from minitron.reporting.console import say
 from minitron.reporting.sweep import write_sweep
 from minitron.stages import family
-from minitron.stages.compress import STAGES
+from minitron.stages.compress import stages_of
 
 NEEDLESS = ("plan", "summary")  # verbs that there is no use in queueing
 OURS = ("slurm", "run.dir")  # settings, and groups of them, that the script takes the place of
@@ -93,7 +93,7 @@ def steps(verb: str, part: Part) -> dict[str, tuple[Config, list[str]]]:
     texts = part.cfg.slurm.stages
     if not texts:
         return {verb: (part.cfg, part.words)}
-    order = [stage for stage in STAGES if stage != "search" or searches(part.cfg, "compress")]
+    order = [*stages_of(part.cfg)]
     if verb != "compress":
         raise refuse("slurm.stages", texts, f"minitron compress alone has stages; minitron {verb} is one job")
     if [*texts] != [stage for stage in order if stage in texts]:

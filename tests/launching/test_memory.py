@@ -29,9 +29,19 @@ ARCHS = {
     "tied": TINY.replace(share_embeddings_and_output_weights=True),
     "biases": TINY.replace(add_bias_linear=True, num_query_groups=1),
     "nemotron": TINY.replace(normalization="LayerNorm", layernorm_zero_centered_gamma=True, activation_func="squared_relu", gated_linear_unit=False),
+    "experts": TINY.replace(num_moe_experts=6, moe_router_topk=2, moe_ffn_hidden_size=20, moe_layers=(True, False, True, True)),
+    "shared": TINY.replace(
+        num_moe_experts=4,
+        moe_router_topk=3,
+        moe_ffn_hidden_size=12,
+        moe_shared_expert_intermediate_size=28,
+        moe_shared_expert_gate=True,
+        moe_router_pre_softmax=True,
+    ),
     "uneven": TINY.replace(layers=(Layer(36, 6, 3), Layer(24, 4, 2), Layer(12, 2, 1), Layer(36, 6, 3))),
 }
-LAYOUTS = [Parallel(tp=2, pp=2), Parallel(tp=4), Parallel(pp=4), Parallel(pp=2, vpp=2), Parallel(), Parallel(tp=2, cp=2)]
+LAYOUTS = [Parallel(tp=2, pp=2), Parallel(tp=4), Parallel(pp=4), Parallel(pp=2, vpp=2), Parallel(), Parallel(tp=2, cp=2),
+           Parallel(ep=2), Parallel(tp=2, ep=2), Parallel(pp=2, ep=2)]  # fmt: skip
 
 
 def built(world):
@@ -40,6 +50,8 @@ def built(world):
     for number, layout in enumerate(LAYOUTS):
         here = beside(world, layout)
         for name, arch in ARCHS.items():
+            if layout.ep > 1 and arch.num_moe_experts is None:
+                continue
             found[name, number] = here.pp_rank, sum(parameter.numel() for parameter in skeleton(arch, here, torch.float32).parameters())
     return found
 
@@ -74,7 +86,7 @@ def kept_by_autograd(model, batch, world):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["untied", "biases", "nemotron"])
+@pytest.mark.parametrize("name", ["untied", "biases", "nemotron", "experts", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_activations_are_the_tensors_that_autograd_keeps(alone, name, recompute, dtype, documents):
@@ -83,7 +95,11 @@ def test_activations_are_the_tensors_that_autograd_keeps(alone, name, recompute,
     batch = Batch(tokens, None, torch.zeros(2, 40, dtype=torch.int) if documents else None)
     model = empty_model(arch, alone, dtype, recompute=recompute).train()
     way = Pass(2, 40, 1, 1, False, dtype.itemsize, "cpu", recompute, documents)
-    expected = arch.num_layers * block_bytes(arch, way).kept + norm_bytes(arch, way) - dtype.itemsize * way.tokens * arch.hidden_size
+    expected = (
+        sum(block_bytes(arch.layer(number), way).kept for number in range(arch.num_layers))
+        + norm_bytes(arch, way)
+        - dtype.itemsize * way.tokens * arch.hidden_size
+    )
     expected += 4 * 40 * arch.kv_channels if recompute == "full" else 0  # the rotary angles, one for all blocks
     assert kept_by_autograd(model, batch, alone) == expected
 
@@ -150,6 +166,23 @@ def test_what_a_setting_saves(less, more, parts):
         assert one.parts[part] < other.parts[part], part
 
 
+MIXED = LLAMA.replace(num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=4096)
+
+
+def test_expert_ranks_hold_their_experts_and_share_their_optimizer_with_fewer():
+    def of(overrides):
+        settings = "run.dir=run model.path=model data.train=text train.seq_length=4096 train.global_batch_size=64"
+        return memory(MIXED, None, compose("train", f"{settings} {overrides}".split()), 8)[0].parts
+
+    one, four = of(""), of("parallel.ep=4")
+    experts = 2 * 32 * 8 * 3 * 4096 * 4096  # bytes of all
+    assert one["student"] - four["student"] == experts * 3 / 4
+    assert four["optimizer"] == one["optimizer"]  # of four times as few numbers, shared by four times as few ranks
+    assert four["activations"] == one["activations"]
+    with pytest.raises(RequestError, match=r"parallel.ep=3: must divide the 8 ranks that dp x cp comes to"):
+        of("parallel.ep=3")
+
+
 def test_replicas_share_the_optimizer_alone():
     (one,), (other,) = said("parallel.tp=8", 8), said("parallel.tp=8", 16)
     assert other.parts["optimizer"] == one.parts["optimizer"] / 2
@@ -200,7 +233,7 @@ def test_a_layout_that_does_not_fit_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train, tied", "one rank, full", "one rank, bf16", "tp2, sp", "pp2, vpp3", "dp2"])
+@pytest.mark.parametrize("name", ["train, tied", "one rank, full", "one rank, bf16", "tp2, sp", "pp2, vpp3", "dp2", "ep2"])
 def test_what_is_said_is_within_15_percent_of_what_processes_take(name, tmp_path):
     for expected, real in compared(CASES[name], tmp_path):
         predicted = expected.total - expected.parts["runtime"]

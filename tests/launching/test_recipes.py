@@ -81,7 +81,8 @@ def test_what_does_not_fit_names_settings_that_do():
         RequestError, match=r"^parallel.tp=1 parallel.pp=1 train.micro_batch_size=1: a rank needs \d+\.\d GiB, and 75.0 GiB of a H100 "
     ):
         refuse_too_large(plan.launch, cfg)
-    layout = {"tp": 4, "pp": 2, "vpp": 1, "sp": True, "micro_batch_size": 2, "recompute": "full"}
+    layout = {"tp": 4, "pp": 2, "vpp": 1, "ep": 1, "sp": True, "micro_batch_size": 2, "recompute": "full"}
     said = "parallel.tp=4 parallel.pp=2 parallel.vpp=1 parallel.sp=true train.micro_batch_size=2 train.recompute=full fits"
     assert way_out({"fitting": [{"layout": layout}]}) == said
+    assert "parallel.vpp=1 parallel.ep=8 parallel.sp=true" in way_out({"fitting": [{"layout": {**layout, "ep": 8}}]})
     assert way_out({"fitting": []}).startswith("no layout of these machines fits")

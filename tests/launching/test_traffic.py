@@ -18,12 +18,18 @@ from minitron.weights.source import open_folder
 from tests.multirank.ranks import Layout, on_ranks
 from tests.oracles.collectives import Collectives
 from tests.oracles.models import BIASES, UNTIED, config_of, save_model, tokens_of
+from tests.oracles.samples import SAMPLES, save_samples
+from tests.oracles.samples import config_of as sample
 
 LENGTH, BATCH, RANKS = 24, 8, 4
 SMALLER = {"hidden_size": 36, "intermediate_size": 24}
+EXPERTS = ("qwen2_moe", "qwen3_moe")  # with a shared expert, and without; by their families
 MODELS = {"untied": {**SMALLER, **UNTIED}, "tied": SMALLER, "biases": {**SMALLER, **UNTIED, **BIASES}, "teacher": {}}
 TRAIN = {"steps": 9, "global_batch_size": BATCH, "seq_length": LENGTH, "warmup_steps": 2}
 LOSS = Distill(chunk_tokens=16)
+
+
+SAMPLE = {family: f"{family}.{next(iter(SAMPLES[family]))}" for family in EXPERTS}
 
 
 def config(layout, micro_batch_size=1, loss=LOSS, recompute="none", teacher=None):
@@ -48,6 +54,9 @@ CASES = {
     "cp_tp": ("untied", config({"cp": 2, "tp": 2}, recompute="selective")),
     "cp_dp": ("untied", config({"cp": 2}, loss=dataclasses.replace(LOSS, top_k=5, cross_entropy=0.1))),
     "top_k": ("untied", config({"tp": 4}, loss=dataclasses.replace(LOSS, top_k=5, cross_entropy=0.1))),
+    "ep": ("qwen3_moe", config({"ep": 2}, 2)),
+    "ep_tp": ("qwen2_moe", config({"ep": 2, "tp": 2}, recompute="selective")),
+    "ep_pp_full": ("qwen2_moe", config({"ep": 2, "pp": 2}, recompute="full")),
     "tied_over_stages": ("tied", config({"pp": 4})),
     "alone": ("untied", config({"tp": 2, "pp": 2}, loss=ALONE)),
     "teacher_over_stages": ("untied", config({"tp": 2}, teacher={"tp": 1, "pp": 2})),
@@ -88,14 +97,20 @@ def one_step(world, student_folder, teacher_folder, cfg):
     return (here.pp_rank, theirs.pp_rank), dict(seen.calls), dict(seen.bytes)
 
 
+def teacher_of(name):
+    """Who teaches: expert ranks are for models with experts, which teach themselves here."""
+    return CASES[name][0] if CASES[name][0] in EXPERTS else "teacher"
+
+
 def every_case(world, folders, names):
-    return {name: one_step(world, folders[CASES[name][0]], folders["teacher"], CASES[name][1]) for name in names}
+    return {name: one_step(world, folders[CASES[name][0]], folders[teacher_of(name)], CASES[name][1]) for name in names}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {name: save_model(root / name, **changes) for name, changes in MODELS.items()}
+    mixed = save_samples(root, wanted=[*SAMPLE.values()])
+    return {name: save_model(root / name, **changes) for name, changes in MODELS.items()} | {name: mixed[one] for name, one in SAMPLE.items()}
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +128,26 @@ def seen_later(folders):
 def training_of(name):
     student, cfg = CASES[name]
     archs = {one: from_hf(config_of(**changes).to_dict(), "x") for one, changes in MODELS.items()}
-    return Training(archs[student], None if cfg.distill.loss == "none" else archs["teacher"], cfg, RANKS)
+    archs |= {one: from_hf(sample(name).to_dict(), "x") for one, name in SAMPLE.items()}
+    return Training(archs[student], None if cfg.distill.loss == "none" else archs[teacher_of(name)], cfg, RANKS)
 
 
 def check(name, ranks):
-    """What is counted for each rank is what it saw."""
+    """What is counted for each rank is what it saw; of experts, who get what tokens is the router's affair, what they all get together."""
     training = training_of(name)
+    found = []
     for rank in ranks:
         (stage, its_stage), calls, sizes = rank[name]
         counted_calls, counted_sizes = Counter(), Counter()
         for one in [*traffic(training, stage), *teacher_traffic(training, its_stage)]:
-            counted_calls[one.operation, one.ranks] += one.calls
-            counted_sizes[one.operation, one.ranks] += one.bytes
-        assert (dict(counted_calls), dict(counted_sizes)) == (calls, sizes), (stage, its_stage)
+            word = one.operation.replace("all-to-all", "send")
+            counted_calls[word, one.ranks] += one.calls
+            counted_sizes[word, one.ranks] += one.bytes
+        assert dict(counted_calls) == calls, (stage, its_stage)
+        assert training.layout.ep > 1 or dict(counted_sizes) == sizes, (stage, its_stage)
+        found.append((counted_sizes, Counter(sizes)))
+    counted, seen = (sum(sizes, Counter()) for sizes in zip(*found, strict=True))
+    assert counted == seen
 
 
 @pytest.mark.multirank

@@ -50,11 +50,12 @@ class Case:
         """The settings."""
         layout = self.layout
         train = {"steps": 10, "seq_length": 256, "micro_batch_size": 2, "global_batch_size": 4 * layout.dp * layout.pp, "warmup_steps": 1}
-        parallel = Parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, vpp=layout.vpp, sp=layout.sp)
+        parallel = Parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, vpp=layout.vpp, sp=layout.sp, ep=layout.ep)
         changes = {"dtype": "fp32", "device": "cpu", "train": Train(**{**train, **self.train, "save_interval": 1 if self.saves else 10})}
         return Config(parallel=parallel, **{**changes, **self.changes})
 
 
+EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 448}
 TIED = STUDENT.replace(share_embeddings_and_output_weights=True)
 CASES = {
     "one rank": Case(Layout()),
@@ -68,6 +69,7 @@ CASES = {
     "pp2": Case(Layout(pp=2)),
     "pp2, vpp3": Case(Layout(pp=2, vpp=3)),
     "dp2": Case(Layout(dp=2)),
+    "ep2": Case(Layout(dp=2, ep=2), student=STUDENT.replace(**EXPERTS), teacher=TEACHER.replace(**EXPERTS)),
     "cp2": Case(Layout(cp=2), {"micro_batch_size": 4}),
     "tp2, pp2, sp, bf16": Case(Layout(tp=2, pp=2, sp=True), {"recompute": "selective", "micro_batch_size": 4, "seq_length": 512}, {"dtype": "bf16"}),
     "pp2, teacher tp2": Case(Layout(pp=2), changes={"teacher": Teacher(parallel=TeacherParallel(tp=2, pp=1))}),

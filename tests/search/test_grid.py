@@ -80,3 +80,14 @@ def test_points_that_are_no_model_are_those_that_a_target_is_refused_for(sizes, 
 def test_dominated_means_that_another_is_nowhere_smaller(chosen):
     expected = [any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in chosen) for one in chosen]
     assert dominated(np.array(chosen)).tolist() == expected
+
+
+def test_experts_have_no_mlp_to_cut():
+    mixed = from_hf(CONFIGS["Qwen3-30B-A3B"], "x")
+    assert axes(mixed, Search(), Parallel())["ffn_hidden_size"] == [mixed.ffn_hidden_size]
+    with pytest.raises(RequestError, match=r"search.ffn_hidden_size=\[512\]: must be null: every block has experts"):
+        axes(mixed, Search(ffn_hidden_size=[512]), Parallel())
+    with pytest.raises(RequestError, match=r"search.ffn_expansion=\[2.0\]: must be null"):
+        axes(mixed, Search(ffn_expansion=[2.0]), Parallel())
+    dense = mixed.replace(moe_layers=(True,) * 47 + (False,))
+    assert len(axes(dense, Search(), Parallel())["ffn_hidden_size"]) > 1

@@ -169,7 +169,7 @@ def test_several_processes_print_it_once(sizes_alone, tmp_path):
         ),
         (["target.hidden_size=48", "teacher.path=OTHER"], "teacher.path=OTHER: vocabulary of 61, the student's is 512"),
         (["search.params=2e5", "plan.nodes=2", *MINISTORY], "plan.nodes=2: must be null with search.params: what a search will choose can't be told"),
-        (["target.hidden_size=48", "parallel.ep=2"], "parallel.ep=2: only 1 is supported"),
+        (["target.hidden_size=48", "parallel.ep=2"], "parallel.ep=2: must be 1: the "),
         (["target.hidden_size=48", "plan.hardware=V100"], "plan.hardware=V100: one of A100, H100, H200, B200 is needed"),
         (["parallel.tp=3"], "parallel.tp=3: must divide the model's ffn_hidden_size=172"),
     ],
