@@ -42,7 +42,7 @@ def importance(
 
 
 def measure(model: engine.Model, samples: Samples, opened: Session, skip_lengths: Sequence[int], title: str, ask: bool) -> dict[str, torch.Tensor]:
-    """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet once, at the end."""
+    """Scores on every rank. Each sample is read by one data-parallel replica; replicas meet at the end, and in layers whose experts they share."""
     settings, world = opened.cfg.calibrate, opened.world
     mine = range(world.dp_rank, len(samples), world.dp)
     starts = range(0, len(mine), settings.micro_batch_size)

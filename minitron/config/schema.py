@@ -59,7 +59,11 @@ class Target:
     ffn_hidden_size: int | float | list[int] | None = setting(None, "MLP neurons per layer; a list: of each kept layer", above=0)
     num_attention_heads: int | float | list[int] | None = setting(None, "query heads per layer, the same number in every KV group", above=0)
     num_query_groups: int | float | list[int] | None = setting(None, "KV groups per layer", above=0)
-    num_moe_experts: int | float | None = setting(None, "experts per layer; only null works: no model with experts is supported yet", above=0)
+    num_moe_experts: int | float | None = setting(None, "experts of each layer that has them; null where a model has none", above=0)
+    moe_ffn_hidden_size: int | float | None = setting(None, "neurons of each expert; null where a model has none", above=0)
+    moe_shared_expert_intermediate_size: int | float | None = setting(
+        None, "neurons of the expert that every token goes through; null where a model has none", above=0
+    )
     layers_by: str = setting(
         "bi",
         "what ranks layers: bi, Block Importance; loss, without each of them; block, the contiguous block without which it is lowest goes; "

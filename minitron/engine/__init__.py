@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minitron.engine.batch import *  # noqa: F403
     from minitron.engine.checkpoint import *  # noqa: F403
     from minitron.engine.exchange import *  # noqa: F403
+    from minitron.engine.experts import *  # noqa: F403
     from minitron.engine.judging import *  # noqa: F403
     from minitron.engine.meeting import *  # noqa: F403
     from minitron.engine.meter import *  # noqa: F403
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 MODULES = (
     "meeting",  # which needs no Megatron
-    "batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "judging", "probing", "exchange", "sharded", "checkpoint", "meter",
-    "trainer", "timing",
+    "batch", "parallel", "specs", "model", "schedule", "vocab", "scoring", "judging", "probing", "experts", "exchange", "sharded", "checkpoint",
+    "meter", "trainer", "timing",
 )  # fmt: skip
 
 

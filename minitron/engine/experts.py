@@ -6,7 +6,9 @@ travel to their experts and back all to all.
 Shapes: T tokens of this rank, E experts, K experts that a token is sent to, H hidden.
 """
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,3 +104,25 @@ def expert_spec() -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts, submodules=matrices), shared_experts=shared, router=TokenRouter)
     )
+
+
+@contextlib.contextmanager
+def expert_outputs(layer: MoELayer, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """In this block `see(outputs_PH, chosen_TE)` is called in every pass through a layer, on the rank whose tokens they are: with what each chosen
+    expert gives each token (P pairs, in the order of the experts), its weight included, whole over the tensor ranks, and with who chose whom.
+
+    This is where the dispatcher has brought the outputs back, and where no module ends, so that no hook can be put.
+    """
+    dispatcher = layer.token_dispatcher
+    usual = dispatcher.combine_postprocess
+
+    def seen(outputs_PH: Tensor) -> Tensor:
+        see(outputs_PH.detach(), dispatcher.routing_map)
+        combined: Tensor = usual(outputs_PH)
+        return combined
+
+    dispatcher.combine_postprocess = seen
+    try:
+        yield
+    finally:
+        del dispatcher.combine_postprocess

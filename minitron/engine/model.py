@@ -199,4 +199,6 @@ def put(model: Model, name: str, row: Parameter, at: At, tensor: torch.Tensor) -
         set_tensor_model_parallel_attributes(new, True, row.tp_dim, 2 if row.dims[0].by == "part" else 1)
     elif row.dims[0] != POSITIONS:  # every tensor rank holds it and, under sequence parallelism, sees a part of the sequence: its gradient is
         new.__dict__["sequence_parallel"] = model.config.sequence_parallel  # summed over them (positions are looked up before it is divided)
+    if row.per_expert:  # its gradient is not every replica's: an optimizer of its own, the same over any number of expert ranks
+        new.__dict__["allreduce"] = False
     setattr(owner, attribute, new)

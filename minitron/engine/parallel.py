@@ -280,6 +280,25 @@ def sum_over_replicas(tensors: list[torch.Tensor], world: World) -> list[torch.T
     return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
+def sum_over_expert_ranks(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:
+    """Each tensor summed over the ranks that share a layer's experts, packed; all must have one type."""
+    if world.ep == 1 or not tensors:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=world.groups.ep)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def sum_over_stage(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:
+    """Each tensor summed over all ranks of this pipeline stage, packed; all must have one type."""
+    if world.size == world.pp or not tensors:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    for group in (world.groups.tp, world.groups.dp_cp):
+        dist.all_reduce(flat, group=group)
+    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
 def sum_over_tokens(tensors: list[torch.Tensor], world: World) -> list[torch.Tensor]:
     """Each rank's sums over the tokens it holds, on any stage, to sums over the global batch: the same bits on every rank.
 
@@ -400,7 +419,7 @@ def most_of_expert_ranks(value: int, world: World) -> int:
 
 
 def sum_over_model_ranks(value: int, world: World) -> int:
-    """A whole number summed over the tensor and pipeline ranks that together hold one model."""
+    """A whole number summed over the tensor, expert and pipeline ranks that together hold one model."""
     total = torch.tensor([value], dtype=torch.int64, device=world.device)
-    dist.all_reduce(total, group=world.groups.mp)
+    dist.all_reduce(total, group=world.groups.tp_ep_pp)
     return int(total.item())

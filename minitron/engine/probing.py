@@ -137,7 +137,8 @@ def streams(chunk: Chunk, inputs_BS: Tensor, world: World, probes: Sequence[rang
             incoming[0] = through(incoming[0].contiguous(), number)
         yield end, incoming[0]
 
-    source, most = beginnings(), max(1, TOGETHER // inputs_BS.numel())
+    # where experts are shared, replicas whose microbatches differ in shape go through each layer as often as one another
+    source, most = beginnings(), 1 if world.ep > 1 else max(1, TOGETHER // inputs_BS.numel())
     while members := list(islice(source, most)):
         yield to_the_end(members)
 

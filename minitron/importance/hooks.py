@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from minitron import engine
 from minitron.importance.aggregate import batch_sums, exact, finish_sequence, in_blocks, sequence_sums
+from minitron.importance.experts import ExpertProbes
 
 Tensor = torch.Tensor
 LAYERS_BI = "layers.bi"
@@ -23,9 +24,9 @@ class Probes:
     """Collects sums from the hooks on one rank's blocks: the `watch` of forward passes.
 
     After the passes, `totals` maps a probe's name to sums [K, U] over the samples this rank saw (the units it holds), and
-    `samples` counts them. Probes: "hidden.{n}" per norm, "ffn.{layer}", "heads.{layer}", and "layers.bi.{layer}" whose one
-    unit is the sum of cosines over tokens. `seq_length` is that of whole sequences. `compiled`: what the hooks compute runs as
-    kernels of torch.compile, which read an activation once.
+    `samples` counts them. Probes: "hidden.{n}" per norm, "ffn.{layer}" or "shared_ffn.{layer}", "heads.{layer}", and "layers.bi.{layer}" whose
+    one unit is the sum of cosines over tokens; those on experts are `experts`. `seq_length` is that of whole sequences. `compiled`: what
+    these hooks compute, but for those on experts, runs as kernels of torch.compile, which read an activation once.
     """
 
     def __init__(self, model: engine.Model, world: engine.World, seq_agg: str, batch_agg: str, seq_length: int, compiled: bool = False) -> None:
@@ -38,13 +39,15 @@ class Probes:
         self.totals: dict[str, Tensor] = {}
         self.samples = 0
         self.tokens = 0
+        self.experts = ExpertProbes(model, world, lambda: self.current is not None)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks are on inside the block and gone after it."""
         handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._points()]
         try:
-            yield
+            with self.experts.attached():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -77,7 +80,10 @@ class Probes:
             yield block.input_layernorm, self._hook(f"hidden.{2 * number}", self._output)
             yield block.pre_mlp_layernorm, self._hook(f"hidden.{2 * number + 1}", self._output)
             yield block.self_attention.linear_proj, self._hook(f"heads.{number}", self._heads)
-            yield block.mlp.linear_fc2, self._hook(f"ffn.{number}", self._input)
+            if not arch.routes(number):
+                yield block.mlp.linear_fc2, self._hook(f"ffn.{number}", self._input)
+            elif block.mlp.shared_experts is not None:
+                yield block.mlp.shared_experts.linear_fc2, self._hook(f"shared_ffn.{number}", self._input)
             yield block, self._hook(f"{LAYERS_BI}.{number}", self.cosines)
         final_norm = self.model.chunks[-1].decoder.final_layernorm
         if final_norm is not None:

@@ -29,6 +29,17 @@ class Plan:
         return sum(len(units) for row in self.moves for units in row)
 
 
+def in_order(kept: Indices, held_before: int, ranks: int) -> list[list[Indices]]:
+    """[s][d]: the kept units that rank s holds and rank d gets, so that every rank ends with its share and all lie in ascending order over the ranks.
+
+    `ranks` must divide what is kept. On two ranks this moves as little as `balance` does, on more a unit may have to make room for another.
+    """
+    share = len(kept) // ranks
+    assert share * ranks == len(kept)
+    owners = kept // held_before
+    return [[kept[d * share : (d + 1) * share][owners[d * share : (d + 1) * share] == s] for d in range(ranks)] for s in range(ranks)]
+
+
 def balance(kept: Indices, held_before: int, tp: int) -> Plan:
     """Plan the shards of an axis whose rank r held units [r * held_before, (r + 1) * held_before).
 

@@ -1,4 +1,7 @@
-"""Ranking: from scores and a target architecture to the units that stay. Pure."""
+"""Ranking: from scores and a target architecture to the units that stay. Pure.
+
+Legend: E experts, F neurons of one expert.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -14,15 +17,17 @@ from minitron.errors import RequestError, refuse
 from minitron.files import atomic_path
 
 FILE = "keep.safetensors"
-PER_LAYER = ("ffn", "groups", "heads", "partners")
+PER_LAYER = ("ffn", "groups", "heads", "partners", "experts", "expert_ffn", "shared_ffn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Kept units in the original numbering, ascending. `ffn`, `groups` and `heads` are keyed by original layer number.
+    """Kept units in the original numbering, ascending. All but `layers` and `hidden` are keyed by original layer number.
 
     `heads[layer]` holds numbers over the whole layer (head h belongs to group h // heads_per_group). `partners[layer]`, where
-    heads are merged, holds for each of them the head whose difference is added, itself where there is none.
+    heads are merged, holds for each of them the head whose difference is added, itself where there is none. A block has either
+    `ffn` or, where tokens are routed, `experts` [E], `expert_ffn` [E, k], a row of neurons for each expert that stays, and
+    `shared_ffn` where there is a shared expert.
     """
 
     layers: Indices
@@ -31,6 +36,9 @@ class Keep:
     groups: dict[int, Indices]
     heads: dict[int, Indices]
     partners: dict[int, Indices] = dataclasses.field(default_factory=dict)
+    experts: dict[int, Indices] = dataclasses.field(default_factory=dict)
+    expert_ffn: dict[int, Indices] = dataclasses.field(default_factory=dict)
+    shared_ffn: dict[int, Indices] = dataclasses.field(default_factory=dict)
 
     def heads_in_groups(self, layer: int, original: Arch) -> Indices:
         """[kept groups, kept heads per group], each head numbered inside its group."""
@@ -121,8 +129,8 @@ def merge_partners(scores: torch.Tensor, kept: int) -> Indices:
 
 
 def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch, layers_by: str = "bi", merge_heads: bool = False) -> Keep:
-    """The units that stay (arXiv 2407.14679, section 2.3): hidden channels over the whole model, neurons and groups per layer,
-    query heads inside each kept group, layers as `top_layers` says."""
+    """The units that stay (arXiv 2407.14679, section 2.3): hidden channels over the whole model, neurons, groups and experts per layer,
+    query heads inside each kept group, an expert's neurons inside each kept expert, layers as `top_layers` says."""
     for name, values in scores.items():
         if not values.isfinite().all():
             raise RequestError(f"importance scores {name}: some are not finite; calibrate with dtype=fp32, or look at the model and the text")
@@ -130,7 +138,10 @@ def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch, layers
     per_group = original.heads_per_group
     for position, layer in enumerate(map(int, keep.layers)):
         block = target.layer(position)
-        keep.ffn[layer] = top(scores[f"ffn.{layer}"], block.ffn_hidden_size)
+        if original.routes(layer):
+            keep_experts(keep, layer, scores, target)
+        else:
+            keep.ffn[layer] = top(scores[f"ffn.{layer}"], block.ffn_hidden_size)
         groups = keep.groups[layer] = top(scores[f"groups.{layer}"], block.num_query_groups)
         by_group = scores[f"heads.{layer}"].view(original.num_query_groups, per_group)
         keep.heads[layer] = np.concatenate([top(by_group[group], block.heads_per_group) + group * per_group for group in groups])
@@ -138,3 +149,13 @@ def select(scores: dict[str, torch.Tensor], original: Arch, target: Arch, layers
             merged = [merge_partners(by_group[group], block.heads_per_group) + group * per_group for group in groups]
             keep.partners[layer] = np.concatenate(merged)
     return keep
+
+
+def keep_experts(keep: Keep, layer: int, scores: dict[str, torch.Tensor], target: Arch) -> None:
+    """Add what stays of a layer's experts: the best of them, and of each of these the best neurons."""
+    assert target.num_moe_experts is not None and target.moe_ffn_hidden_size is not None
+    neurons_EF, count = scores[f"expert_ffn.{layer}"], target.moe_ffn_hidden_size
+    experts = keep.experts[layer] = top(scores[f"experts.{layer}"], target.num_moe_experts)
+    keep.expert_ffn[layer] = np.stack([top(neurons_EF[expert], count) for expert in experts])
+    if target.moe_shared_expert_intermediate_size is not None:
+        keep.shared_ffn[layer] = top(scores[f"shared_ffn.{layer}"], target.moe_shared_expert_intermediate_size)

@@ -20,10 +20,12 @@ def ranks(order: Indices) -> Indices:
 
 def as_laid(keep: Keep, orders: Mapping[str, Indices], original: Arch) -> Keep:
     """`keep` with the places of units for their numbers, ascending too; itself where all units lie in order."""
-    ffn, groups, heads, partners = dict(keep.ffn), dict(keep.groups), dict(keep.heads), dict(keep.partners)
+    neurons = {"ffn": dict(keep.ffn), "shared_ffn": dict(keep.shared_ffn)}
+    groups, heads, partners = dict(keep.groups), dict(keep.heads), dict(keep.partners)
     for layer in map(int, keep.layers):
-        if (order := orders.get(f"ffn.{layer}")) is not None:
-            ffn[layer] = np.flatnonzero(np.isin(ranks(order), keep.ffn[layer]))
+        for axis, units in neurons.items():
+            if (order := orders.get(f"{axis}.{layer}")) is not None:
+                units[layer] = np.flatnonzero(np.isin(ranks(order), units[layer]))
         if (order := orders.get(f"groups.{layer}")) is not None:
             places = np.flatnonzero(np.isin(ranks(order), keep.groups[layer]))
             rows, firsts = np.searchsorted(keep.groups[layer], ranks(order)[places]), places[:, None] * original.heads_per_group
@@ -31,4 +33,4 @@ def as_laid(keep: Keep, orders: Mapping[str, Indices], original: Arch) -> Keep:
             heads[layer] = (keep.heads_in_groups(layer, original)[rows] + firsts).reshape(-1)
             if layer in partners:
                 partners[layer] = (keep.partners_in_groups(layer, original)[rows] + firsts).reshape(-1)
-    return dataclasses.replace(keep, ffn=ffn, groups=groups, heads=heads, partners=partners)
+    return dataclasses.replace(keep, ffn=neurons["ffn"], shared_ffn=neurons["shared_ffn"], groups=groups, heads=heads, partners=partners)

@@ -5,10 +5,13 @@ Iterative importance (arXiv 2407.14679, section 2.2): measure, cut a part of the
 
 import math
 
+import numpy as np
+
 from minitron.arch.arch import Arch
 from minitron.pruning.keep import Keep
 
 UNIFORM = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "heads_per_group")
+EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")  # of models that have them
 
 
 def sizes_after(before: int, after: int, rounds: int) -> list[int]:
@@ -25,30 +28,38 @@ def sizes_after(before: int, after: int, rounds: int) -> list[int]:
     return [before - step * ((2 * steps * number + rounds) // (2 * rounds)) for number in range(1, rounds + 1)]
 
 
+def uniform(arch: Arch) -> list[str]:
+    """The sizes that rounds step through together."""
+    return [*UNIFORM, *(name for name in EXPERT_SIZES if getattr(arch, name) is not None)]
+
+
 def way(original: Arch, target: Arch, rounds: int) -> list[Arch]:
     """The architecture after each round, `target` last; all axes go down together. With several rounds, blocks are alike in both."""
     if rounds == 1:
         return [target]
-    columns = [sizes_after(getattr(original, name), getattr(target, name), rounds) for name in UNIFORM]
+    columns = {name: sizes_after(getattr(original, name), getattr(target, name), rounds) for name in uniform(original)}
     found = []
-    for layers, hidden, ffn, groups, per_group in zip(*columns, strict=True):
-        sizes = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "num_query_groups": groups}
-        found.append(original.replace(**sizes, num_attention_heads=groups * per_group))
+    for number in range(rounds):
+        sizes = {name: column[number] for name, column in columns.items()}
+        heads = sizes["num_query_groups"] * sizes.pop("heads_per_group")
+        found.append(original.replace(**sizes, num_attention_heads=heads))
     assert found[-1] == target
     return found
 
 
 def most_rounds(original: Arch, target: Arch) -> int:
     """The most rounds of which every one cuts something."""
-    return max(getattr(original, name) - getattr(target, name) for name in UNIFORM)
+    return max(getattr(original, name) - getattr(target, name) for name in uniform(original))
 
 
 def both(first: Keep, second: Keep) -> Keep:
     """What is kept of a model by `first` and then, of what that left, in the numbers it has there, by `second`. Heads were not merged."""
     keep = Keep(first.layers[second.layers], first.hidden[second.hidden], {}, {}, {})
     for number, layer in enumerate(map(int, first.layers)):
-        if number in second.ffn:
-            keep.ffn[layer] = first.ffn[layer][second.ffn[number]]
-            keep.groups[layer] = first.groups[layer][second.groups[number]]
-            keep.heads[layer] = first.heads[layer][second.heads[number]]
+        for axis in ("ffn", "groups", "heads", "experts", "shared_ffn"):
+            if number in (left := getattr(second, axis)):
+                getattr(keep, axis)[layer] = getattr(first, axis)[layer][left[number]]
+        if number in second.experts:  # neurons are numbered within their expert
+            neurons_EF = first.expert_ffn[layer][second.experts[number]]
+            keep.expert_ffn[layer] = np.take_along_axis(neurons_EF, second.expert_ffn[number], axis=1)
     return keep

@@ -9,10 +9,11 @@ from minitron.arch.shards import neurons, padded
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError, refuse
 from minitron.pruning.keep import by_answers, skipped_at_a_time
-from minitron.pruning.rounds import most_rounds, way
+from minitron.pruning.rounds import EXPERT_SIZES, most_rounds, way
 
 _PER_LAYER = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
-_ROUNDED = ("hidden_size", "ffn_hidden_size")
+_ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+_EXPERTS_OVER = {"num_moe_experts": "ep", "moe_ffn_hidden_size": "tp", "moe_shared_expert_intermediate_size": "tp"}  # what must divide them
 
 
 def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool = False) -> Arch:
@@ -20,10 +21,9 @@ def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool =
 
     Raises RequestError, naming the setting as it was given, for a size larger than the model's, not divisible, or an axis this model lacks.
     """
-    if target.num_moe_experts is not None:
-        raise refuse("target.num_moe_experts", target.num_moe_experts, "must be null: this model has no experts")
     check_layout(arch, parallel, "the model's")
     whole = {name: _size(name, target, getattr(target, name), getattr(arch, name)) for name in ("num_layers", "hidden_size")}
+    whole |= expert_sizes(arch, target, parallel)
     check_stages(whole["num_layers"], parallel, "the target's")
     lists = {name: asked for name in _PER_LAYER if isinstance(asked := getattr(target, name), list)}
     for name, asked in lists.items():
@@ -44,6 +44,28 @@ def target_arch(arch: Arch, target: Target, parallel: Parallel, exported: bool =
     return pruned
 
 
+def expert_sizes(arch: Arch, target: Target, parallel: Parallel) -> dict[str, int]:
+    """The sizes of experts, by name; nothing where there are none."""
+    for name in EXPERT_SIZES:
+        if getattr(arch, name) is None and getattr(target, name) is not None:
+            what = "shared expert" if arch.num_moe_experts is not None else "experts"
+            raise refuse(f"target.{name}", getattr(target, name), f"must be null: this model has no {what}")
+    if arch.num_moe_experts is None:
+        return {}
+    if target.ffn_hidden_size is not None and not arch.has_dense_blocks:
+        said = "must be null: tokens are routed in every block of this model; target.moe_ffn_hidden_size is of its experts"
+        raise refuse("target.ffn_hidden_size", target.ffn_hidden_size, said)
+    sizes = {name: _size(name, target, getattr(target, name), present) for name in EXPERT_SIZES if (present := getattr(arch, name)) is not None}
+    assert arch.moe_router_topk is not None
+    if (experts := sizes["num_moe_experts"]) < arch.moe_router_topk:
+        few = f"a token goes to moe_router_topk={arch.moe_router_topk} of them: at least so many must stay"
+        raise impossible("num_moe_experts", target, experts, few)
+    for name, size in sizes.items():
+        if size % (ranks := getattr(parallel, _EXPERTS_OVER[name])):
+            raise impossible(name, target, size, f"must be divisible by parallel.{_EXPERTS_OVER[name]}={ranks}")
+    return sizes
+
+
 def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str, int]) -> Layer:
     """The sizes of one block; `listed` are those that were given for it alone."""
     asked = {name: listed.get(name, getattr(target, name)) for name in _PER_LAYER}
@@ -56,7 +78,7 @@ def block_sizes(arch: Arch, target: Target, parallel: Parallel, listed: dict[str
     if heads // groups > arch.heads_per_group:
         most = groups * arch.heads_per_group
         raise impossible("num_attention_heads", target, heads, f"a KV group has {arch.heads_per_group} heads: at most {most}")
-    if sizes["ffn_hidden_size"] % parallel.tp:
+    if arch.has_dense_blocks and sizes["ffn_hidden_size"] % parallel.tp:
         raise impossible("ffn_hidden_size", target, sizes["ffn_hidden_size"], f"must be divisible by parallel.tp={parallel.tp}")
     return Layer(**sizes)
 
@@ -90,7 +112,7 @@ def check_stages(num_layers: int, parallel: Parallel, whose: str, group: str = "
 def check_smaller(arch: Arch, pruned: Arch, target: Target) -> None:
     """Refuse a target that leaves nothing to prune."""
     if pruned == arch:
-        name = next(name for name in ("num_layers", "hidden_size", *_PER_LAYER) if getattr(target, name) is not None)
+        name = next(name for name in ("num_layers", "hidden_size", *_PER_LAYER, *EXPERT_SIZES) if getattr(target, name) is not None)
         raise impossible(name, target, getattr(arch, name), "nothing to prune: the model has these sizes already")
 
 
@@ -126,9 +148,11 @@ def check_rounds(arch: Arch, pruned: Arch, target: Target, parallel: Parallel) -
     if target.rounds > (most := most_rounds(arch, pruned)):
         raise refuse("target.rounds", target.rounds, f"a round would cut nothing: at most {most} with these targets")
     for sizes in way(arch, pruned, target.rounds):
-        if sizes.ffn_hidden_size % parallel.tp:
-            between = f"ffn_hidden_size={sizes.ffn_hidden_size} on the way, which parallel.tp={parallel.tp} must divide"
-            raise refuse("target.rounds", target.rounds, f"comes to {between}: another number of rounds is needed")
+        over = {"ffn_hidden_size": "tp"} if arch.has_dense_blocks else {}
+        for name, ranks in (over | _EXPERTS_OVER).items():
+            if (size := getattr(sizes, name)) is not None and size % getattr(parallel, ranks):
+                between = f"{name}={size} on the way, which parallel.{ranks}={getattr(parallel, ranks)} must divide"
+                raise refuse("target.rounds", target.rounds, f"comes to {between}: another number of rounds is needed")
 
 
 def impossible(name: str, target: Target, size: int, reason: str) -> RequestError:

@@ -72,23 +72,28 @@ def parameter_bars(original: Arch, pruned: Arch) -> Picture:
 
 def blueprint(original: Arch, pruned: Arch, keep: Arrays) -> Picture:
     """The whole model to scale: one row per layer, one bar per axis, the kept length solid and the cut length pale."""
-    columns = (
-        ("hidden", "hidden", "hidden_size", 1),
-        ("heads", "heads.{}", "num_attention_heads", original.kv_channels),
-        ("MLP neurons", "ffn.{}", "ffn_hidden_size", 1),
-    )
+    columns = [("hidden", "hidden", "hidden_size", 1), ("heads", "heads.{}", "num_attention_heads", original.kv_channels)]
+    if original.has_dense_blocks:
+        columns.append(("MLP neurons", "ffn.{}", "ffn_hidden_size", 1))
+    if original.num_moe_experts is not None:  # as long as all their neurons together
+        columns.append(("experts", "expert_ffn.{}", "num_moe_experts", original.moe_ffn_hidden_size or 0))
     layers = original.num_layers
     total = sum(getattr(original, field) * width for _, _, field, width in columns)
+    lacking = {"ffn_hidden_size": [original.routes(layer) for layer in range(layers)]}
+    lacking["num_moe_experts"] = [not routes for routes in lacking["ffn_hidden_size"]]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         left = 0.0
         for name, key, field, width in columns:
             units, before, now = getattr(original, field), size_of(original, field), size_of(pruned, field)
-            kept = np.array([len(keep[key.format(layer)]) if layer in keep["layers"] else 0 for layer in range(layers)]) * width
+            units_kept = [keep.get(key.format(layer)) if layer in keep["layers"] else None for layer in range(layers)]
+            counts = [0 if found is None else found.size for found in units_kept]
+            kept = np.array(counts) * (1 if key == "expert_ffn.{}" else width)
+            whole = np.where(lacking.get(field, [False] * layers), 0, units * width)
             row, height = np.arange(layers) + 0.14, np.full(layers, 0.72)
             axes.add_patch(boxes(np.stack([np.full(layers, left), row, kept, height], axis=1), KEPT))
-            axes.add_patch(boxes(np.stack([left + kept, row, units * width - kept, height], axis=1), CUT_SOFT))
+            axes.add_patch(boxes(np.stack([left + kept, row, whole - kept, height], axis=1), CUT_SOFT))
             label = f"{before} → {now}" if now != before else f"{before}, all kept"
             axes.annotate(name, (left, 0), (0, 15), textcoords="offset points", fontweight="bold", annotation_clip=False)
             axes.annotate(label, (left, 0), (0, 3), textcoords="offset points", fontsize=SMALL, color=MUTED, annotation_clip=False)
@@ -105,7 +110,7 @@ def blueprint(original: Arch, pruned: Arch, keep: Arrays) -> Picture:
 
 # ---- importance ----
 
-HEAD_TITLES = {"heads": ("Attention heads", "head"), "groups": ("KV groups", "KV group")}
+HEAD_TITLES = {"heads": ("Attention heads", "head"), "groups": ("KV groups", "KV group"), "experts": ("Experts", "expert")}
 
 
 def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str | None = None) -> list[Picture]:
@@ -122,8 +127,13 @@ def importance_pictures(importance: Arrays, keep: Arrays | None, criterion: str 
         pictures = [*pictures[-1:], *runs, *pictures[:-1]]  # those of layers side by side
     if by_layer := {axis: found for axis in LAYER_LINES if len(found := layer_means(importance, axis))}:
         pictures.append(score_by_layer(by_layer, kept.get("layers")))
-    for axis, paint in (("ffn", ffn_map), ("heads", heads_map), ("groups", heads_map)):
-        layers = [importance[f"{axis}.{layer}"].astype(float) for layer in range(len(importance)) if f"{axis}.{layer}" in importance]
+    for axis, paint in (("ffn", ffn_map), ("heads", heads_map), ("groups", heads_map), ("experts", heads_map)):
+        # where blocks have an MLP or experts there is a row for each, so neither is drawn of a model that has both
+        numbers = [int(name.split(".")[1]) for name in importance if name.startswith(("ffn.", "heads.", "groups.", "experts."))]
+        names = [f"{axis}.{layer}" for layer in range(max(numbers, default=-1) + 1)]
+        layers = [importance[name].astype(float) for name in names if name in importance]
+        if len(layers) < len(names) and axis in ("ffn", "experts"):
+            continue
         pruned = keep is None or any(len(keep[f"{axis}.{layer}"]) < len(layers[layer]) for layer in keep["layers"] if layers)
         if layers and (pruned or axis != "groups"):  # the heads' map tells all there is to tell about whole groups
             pictures.append(paint(axis, np.stack(layers), keep))

@@ -50,9 +50,9 @@ def work(opened: Session) -> None:
     engine.save_model(pruned, opened.pruned, opened.world)
     opened.mark("prune", done=True)
     if opened.world.is_main:
-        before, after = original.num_parameters(), target.num_parameters()
+        before, after = original.num_parameters(), pruned.arch.num_parameters()
         say(f"{size(before)} -> {size(after)} parameters ({percent(after / before)} kept)")
-        say(", ".join(changes(original, target)) or "no size is smaller than the original's")
+        say(", ".join(changes(original, pruned.arch)) or "no size is smaller than the original's")
 
 
 def sizes(opened: Session) -> Target:

@@ -42,7 +42,7 @@ def make_model(folder: Path, **changes: Any) -> Path:
     return save_model(folder, 11, **MODEL, **changes)
 
 
-def at_layout(world: Any, folder: Path, out: Path) -> dict[str, Any]:
+def at_layout(world: Any, folder: Path, out: Path, targets: dict[str, Target]) -> dict[str, Any]:
     """Scores, and of every target what is kept, the pruned model's logits and its export under `out`."""
     source = open_folder(folder, "model.path")
     windows = tokens_of(VOCAB, SAMPLES, LENGTH + 1)[world.dp_rank :: world.dp]
@@ -55,8 +55,8 @@ def at_layout(world: Any, folder: Path, out: Path) -> dict[str, Any]:
     batches = [(batch, torch.ones(len(batch), dtype=torch.bool)) for batch in windows.split(2)]
     scores[f"{LAYERS_LOSS}.1"] = losses_without(model, batches, world, [1])[1]
     found: dict[str, Any] = {"scores": scores, "keeps": {}, "logits": {}}
-    for name, target in TARGETS.items():
-        arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp, cp=world.cp, vpp=world.vpp))
+    for name, target in targets.items():
+        arch = target_arch(source.arch, target, Parallel(tp=world.tp, pp=world.pp, cp=world.cp, vpp=world.vpp, ep=world.ep))
         keep = found["keeps"][name] = select(scores, source.arch, arch, target.layers_by)
         pruned = reslice(load(source, world, torch.float32), keep, arch, world)
         found["logits"][name] = whole_logits(pruned, tokens_of(VOCAB, 2, LENGTH), world)
@@ -68,20 +68,21 @@ def oracle_scores(folder: Path) -> dict[str, np.ndarray]:
     """The scores of a plain model, from whole activations in float64, and its loss without each layer."""
     windows = tokens_of(VOCAB, SAMPLES, LENGTH + 1)
     losses = []
-    for layer in range(MODEL["num_hidden_layers"]):
+    for layer in range(hf_model(folder).config.num_hidden_layers):
         model = hf_model(folder).double()
         del model.model.layers[layer]
         for number, block in enumerate(model.model.layers):
             block.self_attn.layer_idx = number
         model.config.num_hidden_layers -= 1
+        model.config._experts_implementation = "eager"  # the kernels for experts know no float64
         with torch.no_grad():
             losses.append(model(windows, labels=windows, use_cache=False).loss.item())
     return {**Recorded(folder, windows[:, :-1]).scores("l2", "mean"), f"{LAYERS_LOSS}.1": np.array(losses)}
 
 
-def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarray]) -> dict[str, Any]:
+def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarray], targets: dict[str, Target] = TARGETS) -> dict[str, Any]:
     """One row of the table: the largest relative error of each axis' scores, kept sets and tensors that differ, the largest error of a logit."""
-    ranks = on_ranks(at_layout, layout, folder, out)
+    ranks = on_ranks(at_layout, layout, folder, out, targets)
     errors: dict[str, float] = {}
     for found in ranks:
         assert found["scores"].keys() == oracle.keys()
@@ -92,7 +93,7 @@ def compared(layout: Layout, folder: Path, out: Path, oracle: dict[str, np.ndarr
     scores = {name: torch.from_numpy(score) for name, score in oracle.items()}
     kept = tensors = 0
     logits = 0.0
-    for name, target in TARGETS.items():
+    for name, target in targets.items():
         keep = select(scores, source.arch, target_arch(source.arch, target, Parallel()), target.layers_by)
         kept += sum(not same_tensors(found["keeps"][name].tensors(), keep.tensors()) for found in ranks)
         expected = sliced(saved_tensors(folder), source.arch.kv_channels, keep)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.oracles.experts import Routed
 from tests.oracles.models import hf_model, saved_tensors
 
 AGGREGATE = {
@@ -22,7 +23,7 @@ class Recorded:
 
     def __init__(self, folder: Path, tokens_BS: torch.Tensor) -> None:
         model = hf_model(folder)
-        self.config, self.values = model.config, {}
+        self.config, self.values, self.routed = model.config, {}, {}
         self.layers, self.groups = model.config.num_hidden_layers, model.config.num_key_value_heads
 
         def record(name, tensor_BSU):
@@ -32,7 +33,13 @@ class Recorded:
             layer.input_layernorm.register_forward_hook(lambda _, args, out, n=number: record(f"norm.{n}.attention", out))
             layer.post_attention_layernorm.register_forward_hook(lambda _, args, out, n=number: record(f"norm.{n}.mlp", out))
             layer.self_attn.o_proj.register_forward_hook(lambda _, args, out, n=number: record(f"o_proj.{n}", args[0]))
-            layer.mlp.down_proj.register_forward_hook(lambda _, args, out, n=number: record(f"ffn.{n}", args[0]))
+            if hasattr(layer.mlp, "experts"):
+                self.routed[number] = Routed(layer.mlp)
+            for axis, mlp in (("ffn", layer.mlp), ("shared_ffn", getattr(layer.mlp, "shared_expert", None))):
+                if hasattr(mlp, "down_proj"):  # a shared expert is given all tokens in one row
+                    mlp.down_proj.register_forward_hook(
+                        lambda _, args, out, name=f"{axis}.{number}": record(name, args[0].view(1, *args[0].shape[-2:]))
+                    )
             layer.register_forward_hook(lambda _, args, out, n=number: record(f"block.{n}", torch.stack([args[0], out])))
         model.model.norm.register_forward_hook(lambda _, args, out: record("norm.last", out))
         with torch.no_grad():
@@ -49,7 +56,9 @@ class Recorded:
 
         found = {"hidden": sum(aggregated(values) for name, values in self.values.items() if name.startswith("norm."))}
         for layer in range(self.layers):
-            found[f"ffn.{layer}"] = aggregated(self.values[f"ffn.{layer}"])
+            found |= {name: aggregated(self.values[name]) for name in (f"ffn.{layer}", f"shared_ffn.{layer}") if name in self.values}
+            if (routed := self.routed.get(layer)) is not None:
+                found |= {f"experts.{layer}": routed.means(routed.lengths), f"expert_ffn.{layer}": routed.means(routed.activations)}
             out_BSC = self.values[f"o_proj.{layer}"]
             heads_BSND = out_BSC.reshape(*out_BSC.shape[:2], self.config.num_attention_heads, self.config.head_dim)
             found[f"heads.{layer}"] = aggregated(np.sqrt((heads_BSND**2).sum(axis=-1)))

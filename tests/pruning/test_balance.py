@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron.pruning.balance import balance
+from minitron.pruning.balance import balance, in_order
 
 
 @st.composite
@@ -47,3 +47,16 @@ def test_an_even_choice_moves_nothing(tp, held, data):
     plan = balance(kept, held, tp)
     assert plan.moved() == 0
     assert plan.order().tolist() == kept.tolist()
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.data())
+def test_in_order_every_rank_gets_its_share_of_what_ascends(ranks, held, data):
+    share = data.draw(st.integers(1, held))
+    kept = np.array(sorted(data.draw(st.sets(st.integers(0, ranks * held - 1), min_size=ranks * share, max_size=ranks * share))))
+    moves = in_order(kept, held, ranks)
+    shards = [[unit for sender in range(ranks) for unit in moves[sender][rank]] for rank in range(ranks)]
+    assert [len(shard) for shard in shards] == [share] * ranks
+    assert [unit for shard in shards for unit in shard] == kept.tolist()
+    assert all(unit // held == sender for sender, row in enumerate(moves) for units in row for unit in units)
+    if ranks == 2:
+        assert len(moves[0][1]) + len(moves[1][0]) == balance(kept, held, 2).moved()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from minitron.arch.arch import Arch
 from minitron.errors import RequestError
-from minitron.importance.scores import expected_shapes
+from minitron.importance.scores import expected_shapes, random_scores
 from minitron.pruning.keep import Keep, select
+from minitron.pruning.rounds import both
 from tests.oracles.slicing import best
 
 
@@ -130,3 +131,40 @@ def test_layers_by_what_was_not_measured_are_refused(by, count, said):
     arch, scores = measured(5, layers_loss_2=[1.0, 2.0, 3.0, 4.0])
     with pytest.raises(RequestError, match=f"target.layers_by={by}: .*{said}"):
         select(scores, arch, arch.replace(num_layers=count), by)
+
+
+EXPERTS = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 6, "moe_shared_expert_intermediate_size": 4}
+
+
+def test_the_best_experts_stay_and_of_each_of_them_the_best_neurons(tmp_path):
+    original = Arch("qwen2_moe", 3, 4, 8, 2, 1, 2, 8, 8, **EXPERTS, moe_layers=(True, False, True))
+    target = original.replace(num_layers=2, ffn_hidden_size=5, num_moe_experts=3, moe_ffn_hidden_size=2, moe_shared_expert_intermediate_size=1)
+    generator = torch.Generator().manual_seed(3)
+    scores = {name: torch.randint(0, 4, shape, generator=generator).float() for name, shape in expected_shapes(original).items()}
+    scores["layers.bi"] = torch.tensor([0.0, 1.0, 1.0])
+    keep = select(scores, original, target)
+    plain = {name: tensor.tolist() for name, tensor in scores.items()}
+    assert (list(keep.ffn), list(keep.experts), list(keep.expert_ffn), list(keep.shared_ffn)) == ([1], [2], [2], [2])
+    assert keep.ffn[1].tolist() == best(plain["ffn.1"], 5)
+    assert keep.experts[2].tolist() == best(plain["experts.2"], 3)
+    assert keep.expert_ffn[2].tolist() == [best(plain["expert_ffn.2"][expert], 2) for expert in keep.experts[2]]
+    assert keep.shared_ffn[2].tolist() == best(plain["shared_ffn.2"], 1)
+    keep.save(tmp_path / "keep.safetensors")
+    again = Keep.load(tmp_path / "keep.safetensors").tensors()
+    assert all(torch.equal(again[name], units) for name, units in keep.tensors().items())
+    assert {"experts.2", "expert_ffn.2", "shared_ffn.2", "ffn.1"} <= again.keys()
+
+
+def test_what_two_cuts_keep_of_experts_together():
+    original = Arch("qwen2_moe", 3, 4, 8, 2, 1, 2, 8, 8, **EXPERTS)
+    sizes = [original.replace(num_layers=layers, num_moe_experts=experts, moe_ffn_hidden_size=ffn) for layers, experts, ffn in ((3, 4, 5), (2, 2, 3))]
+    first = select(random_scores(original, 1), original, sizes[0])
+    second = select(random_scores(sizes[0], 2), *sizes)
+    keep = both(first, second)
+    for number, layer in enumerate(keep.layers.tolist()):
+        assert layer == first.layers[second.layers[number]]
+        place = int(second.layers[number])
+        assert keep.experts[layer].tolist() == [first.experts[layer][expert] for expert in second.experts[place]]
+        neurons = [[first.expert_ffn[layer][expert][unit] for unit in row]
+                   for expert, row in zip(second.experts[place], second.expert_ffn[place], strict=True)]  # fmt: skip
+        assert keep.expert_ffn[layer].tolist() == neurons

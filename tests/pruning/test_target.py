@@ -5,7 +5,8 @@ import pytest
 from minitron.arch.families import from_hf
 from minitron.config.schema import Parallel, Target
 from minitron.errors import RequestError
-from minitron.pruning.target import check_layout, check_smaller, check_ways, target_arch
+from minitron.pruning.target import check_layout, check_rounds, check_smaller, check_ways, target_arch
+from tests.oracles.experts import MODELS as EXPERTS
 from tests.oracles.models import BIASES, config_of
 
 ARCH = from_hf(
@@ -55,6 +56,46 @@ def test_impossible_targets(target, said):
 def test_targets_that_do_not_divide_over_the_ranks(target, parallel, said):
     with pytest.raises(RequestError, match=said):
         target_arch(ARCH, Target(**target), Parallel(**parallel))
+
+
+# 6 experts, of 28 neurons and 2 for a token; of 20 and 2, with a shared one of 24, and dense blocks of 36
+MIXTRAL, QWEN = (from_hf(EXPERTS[name].to_dict(), "x") for name in ("mixtral", "qwen2_moe"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "target", "parallel", "said"),
+    [
+        (ARCH, {"moe_ffn_hidden_size": 8}, {}, "^target.moe_ffn_hidden_size=8: must be null: this model has no experts$"),
+        (ARCH, {"moe_shared_expert_intermediate_size": 8}, {}, "must be null: this model has no experts$"),
+        (ARCH, {"hidden_size": 48}, {"ep": 2}, "^parallel.ep=2: must be 1: the model's blocks have no experts$"),
+        (MIXTRAL, {"moe_shared_expert_intermediate_size": 8}, {}, "must be null: this model has no shared expert$"),
+        (MIXTRAL, {"ffn_hidden_size": 8}, {}, "^target.ffn_hidden_size=8: must be null: .* target.moe_ffn_hidden_size is of its experts$"),
+        (MIXTRAL, {"num_moe_experts": 7}, {}, "^target.num_moe_experts=7: the model has 6: pruning can only make it smaller$"),
+        (MIXTRAL, {"num_moe_experts": 1}, {}, "^target.num_moe_experts=1: a token goes to moe_router_topk=2 of them: at least so many must stay$"),
+        (MIXTRAL, {"num_moe_experts": 0.1}, {}, "^target.num_moe_experts=0.1: comes to 1: a token goes to moe_router_topk=2 of them"),
+        (MIXTRAL, {"num_moe_experts": 3}, {"ep": 2}, "^target.num_moe_experts=3: must be divisible by parallel.ep=2$"),
+        (MIXTRAL, {"num_moe_experts": 4}, {"ep": 4}, "^parallel.ep=4: must divide the model's num_moe_experts=6$"),
+        (MIXTRAL, {"moe_ffn_hidden_size": 27}, {"tp": 2}, "^target.moe_ffn_hidden_size=27: must be divisible by parallel.tp=2$"),
+        (QWEN, {"moe_shared_expert_intermediate_size": 7}, {"tp": 2}, "_expert_intermediate_size=7: must be divisible by parallel.tp=2$"),
+        (QWEN, {"ffn_hidden_size": 35}, {"tp": 2}, "^target.ffn_hidden_size=35: must be divisible by parallel.tp=2$"),
+    ],
+    ids=str,
+)
+def test_impossible_targets_of_experts(arch, target, parallel, said):
+    with pytest.raises(RequestError, match=said):
+        target_arch(arch, Target(**target), Parallel(**parallel))
+
+
+def test_sizes_of_experts():
+    target = Target(num_moe_experts=0.5, moe_ffn_hidden_size=0.6, moe_shared_expert_intermediate_size=0.4, ffn_hidden_size=24, num_layers=3)
+    sizes = {"num_moe_experts": 3, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 8, "ffn_hidden_size": 24, "num_layers": 3}
+    arch = target_arch(QWEN, target, Parallel())
+    assert arch == QWEN.replace(**sizes)
+    assert arch.moe_layers == (True, False, True)
+    with pytest.raises(RequestError, match=r"target.num_moe_experts=6: nothing to prune"):
+        check_smaller(MIXTRAL, target_arch(MIXTRAL, target := Target(num_moe_experts=6), Parallel()), target)
+    with pytest.raises(RequestError, match=r"target.rounds=2: comes to num_moe_experts=5 on the way, which parallel.ep=2 must divide"):
+        check_rounds(MIXTRAL, MIXTRAL.replace(num_moe_experts=4, num_layers=2), Target(num_moe_experts=4, num_layers=2, rounds=2), Parallel(ep=2))
 
 
 @pytest.mark.parametrize(
