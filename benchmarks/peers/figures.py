@@ -1,0 +1,98 @@
+"""What is made of the figures: intervals, differences, the table of docs/results.md. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from minitron.arch.arch import Arch
+from minitron.pruning.keep import Keep
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t, two-sided 95 %, by degrees of freedom
+OURS = "ours"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half of its 95 % interval (None of one value)."""
+    freedom = len(values) - 1
+    half = T95[freedom] * statistics.stdev(values) / math.sqrt(len(values)) if freedom else None
+    return statistics.fmean(values), half
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and interval in a cell."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+def after(arm: Mapping[str, Any], text: str) -> dict[str, float]:
+    """Losses of the distilled model by seed."""
+    return {seed: losses[text] for seed, losses in arm["distilled"].items()}
+
+
+def above(arm: Mapping[str, Any], ours: Mapping[str, Any], text: str) -> list[float]:
+    """How far an arm's losses are above ours, seed by seed: both read the same tokens in the same order."""
+    mine, theirs = after(ours, text), after(arm, text)
+    return [theirs[seed] - mine[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The arms, best first after distillation; those that were not distilled come last, by their loss as cut."""
+    texts = found["texts"]
+    ours = found["arms"].get(OURS)
+    heads = [f"as cut, {name}" for name in texts.values()] + [f"distilled, {name}" for name in texts.values()]
+    lines = ["| way | layers, width, MLP, heads | parameters | " + " | ".join([*heads, "above ours"]) + " |", "| --- " * (len(heads) + 4) + "|"]
+    source = found["source"]
+    cells = ["nothing cut", source["shape"], millions(source), *(f"{source[text]:.3f}" for text in texts), *[""] * (len(texts) + 1)]
+    lines.append("| " + " | ".join(cells) + " |")
+    first = next(iter(texts))
+
+    def order(arm: Mapping[str, Any]) -> tuple[bool, float]:
+        losses = after(arm, first).values()
+        return not losses, statistics.fmean(losses) if losses else arm["as_cut"][first]
+
+    for arm in sorted(found["arms"].values(), key=order):
+        differences = above(arm, ours, first) if ours and arm is not ours else []
+        name = f"**{arm['title']}**" if arm is ours else arm["title"]
+        cells = [name, arm["shape"], millions(arm), *(f"{arm['as_cut'][text]:.3f}" for text in texts)]
+        cells += [*(shown([*after(arm, text).values()]) for text in texts), shown(differences)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def millions(entry: Mapping[str, Any]) -> str:
+    """Parameters."""
+    return f"{entry['params'] / 1e6:.1f} M"
+
+
+def shape_of(arch: Arch) -> str:
+    """The sizes in a cell."""
+    return f"{arch.num_layers}, {arch.hidden_size}, {arch.ffn_hidden_size}, {arch.num_attention_heads}"
+
+
+def common(one: Keep, other: Keep) -> dict[str, list[int]]:
+    """By axis: how many units both keep, of how many; then the same of the layer that agrees least. Of layers that only one keeps nothing counts."""
+    both = sorted({*map(int, one.layers)} & {*map(int, other.layers)})
+    sets = {"layers": [(one.layers, other.layers)], "hidden": [(one.hidden, other.hidden)]}
+    sets |= {axis: [(getattr(one, axis)[layer], getattr(other, axis)[layer]) for layer in both] for axis in ("ffn", "heads", "groups")}
+    found = {}
+    for axis, pairs in sets.items():
+        shared = [len(np.intersect1d(*pair)) for pair in pairs]
+        sizes = [len(pair[0]) for pair in pairs]
+        least = min(range(len(pairs)), key=lambda number: shared[number] / sizes[number])
+        found[axis] = [sum(shared), sum(sizes), shared[least], sizes[least]]
+    return found
+
+
+def overlap_table(found: Mapping[str, Any]) -> str:
+    """Kept sets of modelopt's formula beside ours."""
+    lines = ["| axis | kept by both | of | in the layer that agrees least |", "| --- | --- | --- | --- |"]
+    for axis, (shared, size, least, of) in found["overlap"]["axes"].items():
+        lines.append(f"| {axis} | {shared:,} | {size:,} ({shared / size:.1%}) | {least:,} of {of:,} |")
+    return "\n".join(lines)
