@@ -6,7 +6,7 @@ Activations, and what criteria read beside weights, are of the same calibration 
 
 Each (way, seed) that is done is a file in --folder, and not done again unless settings differ; the order is one seed of every way, then the
 next. `--json` collects what is there. From the repository: python -m benchmarks.peers
-Arguments after the options are settings of minitron, for example `train.steps=32`.
+Arguments without an option before them are settings of minitron, for example `python -m benchmarks.peers train.steps=32 --seeds 1`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from minitron.arch.arch import Arch
 from minitron.calibration import importance
 from minitron.config.compose import compose
 from minitron.config.schema import Target
+from minitron.distillation.signal import Signal, Teacher
 from minitron.distillation.step import distillation_loss
 from minitron.errors import RequestError
 from minitron.files import read_object, write_json
@@ -86,8 +87,8 @@ class Setup:
 SETUPS = {
     "smollm2_135m": Setup(
         lambda: [
-            "recipe=smollm2_135m_to_100m", "calibrate.samples=64", "train.steps=16", "train.global_batch_size=2", "train.micro_batch_size=2",
-            "train.warmup_steps=4", "eval.tokens=8192", *wikitext(),
+            "recipe=smollm2_135m_to_100m", "calibrate.samples=64", "train.steps=12", "train.global_batch_size=2", "train.micro_batch_size=2",
+            "train.warmup_steps=3", "eval.tokens=8192", *wikitext(),
         ],
         {
             "searched": {"num_layers": 24, "ffn_hidden_size": 1280},
@@ -114,6 +115,19 @@ SETUPS = {
         {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 128, "num_attention_heads": 4},
     ),
 }  # fmt: skip
+
+
+class Remembered:
+    """A teacher whose answers stay: every way asks it about the same batches, and they are a model's last hidden states, which are small."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.answers = teacher, dict[int, Sequence[Signal | None]]()
+
+    def signals(self, step: int, batches: Sequence[engine.Batch]) -> Sequence[Signal | None]:
+        """As `Teacher` says."""
+        if step not in self.answers:
+            self.answers[step] = self.teacher.signals(step, batches)
+        return self.answers[step]
 
 
 class Bench:
@@ -143,7 +157,17 @@ class Bench:
     @functools.cached_property
     def recorder(self) -> criteria.Recorder:
         """What one pass over the samples gives."""
-        return criteria.Recorder(self.plain).record(self.samples_NS)
+        with self.narrow():
+            return criteria.Recorder(self.plain).record(self.samples_NS)
+
+    def taylor(self) -> dict[str, torch.Tensor]:
+        """What each weight counts."""
+        with self.narrow():
+            return criteria.taylor(self.plain, self.samples_NS[:GRADIENT_SAMPLES])
+
+    def narrow(self) -> torch.autocast:
+        """Products in the run's type, as the product's own calibration computes them; sums, gradients and the residual stream stay in fp32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.opened.dtype == torch.bfloat16)
 
     def scores(self, criterion: str) -> criteria.Scores:
         """Scores, from their file where they were made before."""
@@ -151,7 +175,7 @@ class Bench:
             "activations": lambda: importance(self.opened, self.arch, self.opened.load_source, []),
             "magnitude": lambda: magnitude_scores(self.opened.load_source(), self.world),
             "random": lambda: random_scores(self.arch, RANDOM),
-            "taylor": lambda: criteria.coupled(self.plain, criteria.taylor(self.plain, self.samples_NS[:GRADIENT_SAMPLES]), self.world),
+            "taylor": lambda: criteria.coupled(self.plain, self.taylor(), self.world),
             "wanda": lambda: criteria.wanda(self.recorder),
             "modelopt": lambda: criteria.modelopt(self.recorder),
         }
@@ -206,7 +230,7 @@ class Bench:
         trainer = engine.Trainer(model, cfg.train, world)
         task = engine.Task(
             microbatches=lambda step: step_batches(samples, cfg, world, step),
-            loss=distillation_loss(model, teacher_of(trial, None), cfg.distill, world),
+            loss=distillation_loss(model, self.teacher(seed), cfg.distill, world),
             validate=dict,
             report=lambda line: None,
             source=lambda step: sources(trial, step),
@@ -221,6 +245,11 @@ class Bench:
         if trainer.guard.skipped or not all(map(math.isfinite, found.values())):
             raise RequestError(f"{arm.title}, seed {seed}: {trainer.guard.skipped} steps were left out, losses {found}")
         return found
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 -- one bench lives as long as the process
+    def teacher(self, seed: int) -> Remembered:
+        """The teacher of all ways on one order of the text."""
+        return Remembered(teacher_of(self.opened, None))
 
     def kept(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives, from its file where it was made before with the same settings."""
@@ -280,7 +309,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="orders of the text to distil on (none: only cut)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmarks" / "peers", help="where scores and figures are kept")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_args()
     setup, folder = SETUPS[options.model], options.folder / options.model
     given = [*setup.overrides(), "logging.progress=false", *options.overrides, f'run.dir="{folder / "run"}"']
     cfg = compose("compress", given)

@@ -12,14 +12,15 @@ import numpy as np
 from minitron.arch.arch import Arch
 from minitron.pruning.keep import Keep
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t, two-sided 95 %, by degrees of freedom
 OURS = "ours"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half of its 95 % interval (None of one value)."""
-    freedom = len(values) - 1
-    half = T95[freedom] * statistics.stdev(values) / math.sqrt(len(values)) if freedom else None
+    """The mean, and half of its 95 % interval by Student's t (None of one value)."""
+    from scipy.stats import t
+
+    count = len(values)
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
     return statistics.fmean(values), half
 
 

@@ -68,7 +68,7 @@ def test_taylor_is_how_much_the_loss_moves_with_a_weight(exact):
         logits = exact(SAMPLES).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), SAMPLES[:, 1:].flatten()).item()
 
-    step = 1e-6
+    step = 2e-3  # transformers computes norms in fp32 whatever the type of the weights
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.3.self_attn.k_proj.weight", "model.norm.weight"):
         weights, values = parameters[name].data.view(-1), found[name].view(-1)
         for index in values.argsort()[-2:].tolist():
@@ -77,7 +77,7 @@ def test_taylor_is_how_much_the_loss_moves_with_a_weight(exact):
                 weights[index] = before + sign * step
                 losses.append(loss())
             weights[index] = before
-            assert values[index].item() == pytest.approx(abs(before * (losses[0] - losses[1]) / (2 * step)), rel=1e-5)
+            assert values[index].item() == pytest.approx(abs(before * (losses[0] - losses[1]) / (2 * step)), rel=5e-3)
 
 
 def test_a_unit_counts_all_weights_that_go_with_it(folder, alone):
@@ -211,7 +211,7 @@ def test_all_ways_keep_about_as_many_parameters():
 
 
 def test_intervals_and_differences():
-    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30265 / 3**0.5, rel=1e-5))
     assert interval([1.5]) == (1.5, None)
     one, other = ({"distilled": {seed: {"valid": loss} for seed, loss in losses.items()}} for losses in ({"1": 3.0, "2": 4.0}, {"2": 4.5, "3": 9.0}))
     assert above(other, one, "valid") == [0.5]
@@ -231,7 +231,22 @@ def test_kept_sets_are_compared_layer_by_layer():
 
 def test_the_benchmark_goes_on_where_it_was(data_root, stories, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINITRON_TEST_DATA", str(data_root))
-    given = ["peers", "--model", "stories260k", "--folder", str(tmp_path), "--seeds", "1", "--arms", "ours", "taylor", "slicegpt", "train.steps=3"]
+    given = [
+        "peers",
+        "train.steps=3",
+        "eval.tokens=1024",
+        "calibrate.samples=8",
+        "--model",
+        "stories260k",
+        "--folder",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--arms",
+        "ours",
+        "taylor",
+        "slicegpt",
+    ]
     monkeypatch.setattr(sys, "argv", [*given, "--json", str(tmp_path / "peers.json")])
     peers.main()
     found, said = json.loads((tmp_path / "peers.json").read_text()), capsys.readouterr().out
