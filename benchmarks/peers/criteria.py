@@ -81,6 +81,10 @@ class Recorder:
                 handle.remove()
         return self
 
+    def influence(self) -> Tensor:
+        """Of every layer 1 - the mean cosine: ShortGPT's Block Influence (Men et al., arXiv 2403.03853)."""
+        return 1 - self.cosines / self.tokens
+
     def _points(self) -> list[tuple[Any, Callable[..., None]]]:
         points: list[tuple[Any, Callable[..., None]]] = []
         for layer in self.layers:
@@ -141,21 +145,20 @@ def wanda(recorder: Recorder) -> Scores:
     structured form that FLAP compares with (Wanda-sp, An et al., arXiv 2312.11983) ranks neurons and heads, by the matrix that reads them.
 
     It cuts no channels of the residual stream and no layers. Here a channel counts its columns in every matrix that reads the stream, the head
-    too, and a layer all its matrices.
+    too, and layers are left to Block Influence.
     """
     model, norms = recorder.model, {key: squares.sqrt() for key, squares in recorder.squares.items()}
 
     def columns(matrix: Any, key: Any) -> Tensor:
         return matrix.weight.detach().double().abs().sum(dim=0) * norms[key]
 
-    hidden, layers, scores = columns(model.lm_head, "head"), [], {}
+    hidden, scores = columns(model.lm_head, "head"), {}
     for layer in recorder.layers:
         found = {name: columns(matrix, (layer, name)) for name, matrix in matrices(model, layer).items()}
         scores[f"ffn.{layer}"] = found["down_proj"]
         scores[f"heads.{layer}"] = in_heads(found["o_proj"], model).sum(dim=1)
         hidden = hidden + sum(value for name, value in found.items() if name not in ("down_proj", "o_proj"))
-        layers.append(sum(value.sum() for value in found.values()))
-    return with_groups({"hidden": hidden, BI: torch.stack(layers), **scores}, model)
+    return with_groups({"hidden": hidden, BI: recorder.influence(), **scores}, model)
 
 
 def modelopt(recorder: Recorder) -> Scores:
@@ -167,4 +170,4 @@ def modelopt(recorder: Recorder) -> Scores:
     for layer in recorder.layers:
         scores[f"ffn.{layer}"] = roots[layer, "ffn"]
         scores[f"heads.{layer}"] = in_heads(roots[layer, "heads"], model).norm(dim=1)
-    return with_groups({**scores, BI: 1 - recorder.cosines / recorder.tokens}, model)
+    return with_groups({**scores, BI: recorder.influence()}, model)

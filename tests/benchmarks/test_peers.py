@@ -108,14 +108,12 @@ def test_wanda_is_weights_times_what_they_are_multiplied_with(folder, recorder):
         model(SAMPLES)
     counted = {name: (module.weight.abs() * torch.cat(read[name]).norm(dim=0)).detach().double().numpy() for name, module in linear.items()}
     config, expected = model.config, {"hidden": counted["lm_head"].sum(axis=0)}
-    layers = []
     for layer in range(config.num_hidden_layers):
         mine = {name.split(".")[-1]: value for name, value in counted.items() if f".layers.{layer}." in name}
         expected[f"ffn.{layer}"] = mine["down_proj"].sum(axis=0)
         expected[f"heads.{layer}"] = mine["o_proj"].sum(axis=0).reshape(-1, config.head_dim).sum(axis=1)
         expected["hidden"] = expected["hidden"] + sum(mine[f"{name}_proj"].sum(axis=0) for name in ("q", "k", "v", "gate", "up"))
-        layers.append(sum(value.sum() for value in mine.values()))
-    assert close(criteria.wanda(recorder), with_groups(expected, config) | {"layers.bi": np.array(layers)})
+    assert close(criteria.wanda(recorder), with_groups(expected, config) | {"layers.bi": Recorded(folder, SAMPLES).scores("l2", "mean")["layers.bi"]})
 
 
 def test_modelopts_formula_on_activations_recorded_whole(folder, recorder):
