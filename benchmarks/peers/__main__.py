@@ -5,7 +5,7 @@ distillation retrains, its evaluation measures. Ways of other papers are reimple
 Activations, and what criteria read beside weights, are of the same calibration samples; seeds are orders of the training text, the same for all.
 
 Each (way, seed) that is done is a file in --folder, and not done again unless settings differ; the order is one seed of every way, then the
-next. `--json` collects what is there. From the repository: python -m benchmarks.peers
+next, so it can be stopped and called again. From the repository: python -m benchmarks.peers
 Arguments without an option before them are settings of minitron, for example `python -m benchmarks.peers train.steps=32 --seeds 1`.
 """
 
@@ -251,9 +251,13 @@ class Bench:
         """The teacher of all ways on one order of the text."""
         return Remembered(teacher_of(self.opened, None))
 
+    def file(self, name: str) -> Path:
+        """Where figures are kept."""
+        return self.folder / "found" / f"{name}.json"
+
     def kept(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives, from its file where it was made before with the same settings."""
-        file = self.folder / "found" / f"{name}.json"
+        file = self.file(name)
         if file.exists() and (found := read_object(file))["settings"] == settings:
             return found["figures"]
         figures = make()
@@ -297,7 +301,7 @@ class Bench:
     def there(self, name: str, seeds: list[int]) -> dict[str, Any]:
         """An arm's entry of the collected figures, of what is done."""
         figures = self.as_cut(name)
-        done = {str(seed): self.after(name, seed) for seed in seeds if (self.folder / "found" / f"{name}-{seed}.json").exists()}
+        done = {str(seed): self.after(name, seed) for seed in seeds if self.file(f"{name}-{seed}").exists()}
         whole = {key: figures[key] for key in ("shape", "params")}
         return {"title": ARMS[name].title, **whole, "as_cut": {text: figures[text] for text in self.texts}, "distilled": done}
 
@@ -308,6 +312,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="WAY", help=f"which ways to go: {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="orders of the text to distil on (none: only cut)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmarks" / "peers", help="where scores and figures are kept")
+    parser.add_argument("--collect", action="store_true", help="run nothing: --json gets what is there of these ways and seeds")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_args()
     setup, folder = SETUPS[options.model], options.folder / options.model
@@ -316,11 +321,12 @@ def main() -> None:
     with session(cfg, "compress") as opened:
         bench = Bench(opened, setup, folder)
         source = bench.original()
-        for name in options.arms:
-            bench.as_cut(name)
-        for seed in options.seeds:
+        if not options.collect:
             for name in options.arms:
-                bench.after(name, seed)
+                bench.as_cut(name)
+            for seed in options.seeds:
+                for name in options.arms:
+                    bench.after(name, seed)
         if options.json is None:
             return
         found = {
@@ -330,7 +336,7 @@ def main() -> None:
                        "evaluation": cfg.eval.tokens},
             "dtype": cfg.dtype,
             "source": source,
-            "arms": {name: bench.there(name, options.seeds) for name in options.arms},
+            "arms": {name: bench.there(name, options.seeds) for name in options.arms if bench.file(name).exists()},
             "overlap": bench.overlap(),
             "machine": machine(),
         }  # fmt: skip
