@@ -27,7 +27,7 @@ from benchmarks.peers.figures import OURS, common, overlap_table, shape_of, tabl
 from benchmarks.peers.rotation import components, save_rotated
 from minitron import engine
 from minitron.arch.arch import Arch
-from minitron.calibration import importance
+from minitron.calibration import importance, losses_by_depth
 from minitron.config.compose import compose
 from minitron.config.schema import Target
 from minitron.distillation.signal import Signal, Teacher
@@ -45,20 +45,23 @@ from minitron.training import sources, step_batches
 from minitron.weights.load import load
 from minitron.weights.source import Source, open_folder
 
-RANDOM, GRADIENT_SAMPLES = 1, 16  # the seed of the random ranking; samples whose gradient Taylor takes (LLM-Pruner takes 10)
+RANDOM = 1  # the seed of the random ranking
+FIRST = 16  # samples that Taylor takes the gradient of (LLM-Pruner takes 10), and that are read without each layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A way to prune: what ranks the units, and which of the model's shapes (Setup.shapes) it is cut to."""
+    """A way to prune: what ranks the units, which of the model's shapes (Setup.shapes) it is cut to, and what the product ranks layers by."""
 
     title: str
     criterion: str
     shape: str
+    layers_by: str = "bi"
 
 
 ARMS = {
     OURS: Arm("ours: activations and Block Importance, sizes by search", "activations", "searched"),
+    "ours-loss": Arm("ours, layers by the loss without each", "losses", "searched", "loss"),
     "shortgpt": Arm("ShortGPT: whole layers by Block Influence", "activations", "depth"),
     "taylor": Arm("LLM-Pruner-style Taylor, the same sizes", "taylor", "searched"),
     "wanda": Arm("Wanda-style structured, the same sizes", "wanda", "searched"),
@@ -139,13 +142,18 @@ class Bench:
         self.texts = {"valid": "held-out"} | {f"text_{name}": name for name in self.cfg.eval.texts}
 
     @functools.cached_property
-    def samples_NS(self) -> torch.Tensor:
-        """The calibration samples that the product reads, in its order."""
+    def samples_NT(self) -> torch.Tensor:
+        """The calibration samples that the product reads, in its order, each with the token after it."""
         from minitron.data.corpus import Windows
 
         calibrate = self.cfg.calibrate
         windows = Windows(self.opened.data.blend("calibration"), calibrate.seq_length, count=calibrate.samples, shuffle_seed=self.cfg.seed)
-        return torch.stack([windows[i][:-1] for i in range(len(windows))])
+        return torch.stack([windows[i] for i in range(len(windows))])
+
+    @property
+    def samples_NS(self) -> torch.Tensor:
+        """The same without it."""
+        return self.samples_NT[:, :-1]
 
     @functools.cached_property
     def plain(self) -> Any:
@@ -163,7 +171,7 @@ class Bench:
     def taylor(self) -> dict[str, torch.Tensor]:
         """What each weight counts."""
         with self.narrow():
-            return criteria.taylor(self.plain, self.samples_NS[:GRADIENT_SAMPLES])
+            return criteria.taylor(self.plain, self.samples_NS[:FIRST])
 
     def narrow(self) -> torch.autocast:
         """Products in the run's type, as the product's own calibration computes them; sums, gradients and the residual stream stay in fp32."""
@@ -173,6 +181,7 @@ class Bench:
         """Scores, from their file where they were made before."""
         made = {
             "activations": lambda: importance(self.opened, self.arch, self.opened.load_source, []),
+            "losses": lambda: self.scores("activations") | losses_by_depth(self.opened.load_source(), self.samples_NT[:FIRST], self.opened, [1]),
             "magnitude": lambda: magnitude_scores(self.opened.load_source(), self.world),
             "random": lambda: random_scores(self.arch, RANDOM),
             "taylor": lambda: criteria.coupled(self.plain, self.taylor(), self.world),
@@ -181,7 +190,7 @@ class Bench:
         }
         file = self.folder / "scores" / f"{criterion}.safetensors"
         calibrate = dataclasses.asdict(self.cfg.calibrate)
-        read = {**calibrate, "seed": self.cfg.seed, "dtype": self.cfg.dtype, "gradient_samples": GRADIENT_SAMPLES}
+        read = {**calibrate, "seed": self.cfg.seed, "dtype": self.cfg.dtype, "gradient_samples": FIRST}
         mine = provenance(self.opened.source.fingerprint(), self.opened.inputs("calibrate")["calibration"], read, criterion)
         if file.exists() and (found := Scores.load(file, self.arch, mine["model_hash"])).provenance == mine:
             return found.tensors
@@ -200,7 +209,7 @@ class Bench:
         sizes = self.setup.shapes[arm.shape]
         source, scores = self.rotated(sizes["hidden_size"]) if arm.criterion == "components" else (self.opened.source, self.scores(arm.criterion))
         target = self.target(source.arch, sizes)
-        return reslice(load(source, self.world, self.opened.dtype), select(scores, source.arch, target), target, self.world)
+        return reslice(load(source, self.world, self.opened.dtype), select(scores, source.arch, target, arm.layers_by), target, self.world)
 
     def rotated(self, width: int) -> tuple[Source, criteria.Scores]:
         """The original in its principal components' coordinates, and scores by which the first of them stay."""
