@@ -278,6 +278,18 @@ def latency() -> str:
     return shown(rows("latency"), columns | {"whole model, ms": ("real ms", ".1f"), "error": ("error", "+.1%")})
 
 
+def peers() -> str:
+    from benchmarks.peers.figures import table  # which writes its tables as this file does
+
+    return table(load("peers"))
+
+
+def peers_overlap() -> str:
+    from benchmarks.peers.figures import overlap_table
+
+    return overlap_table(load("peers"))
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     view.__name__: view
     for view in (
@@ -285,6 +297,8 @@ VIEWS: dict[str, Callable[[], str]] = {
         demo_depth,
         demo_course,
         criteria,
+        peers,
+        peers_overlap,
         layout,
         exact,
         distill_step,

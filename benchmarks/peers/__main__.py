@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, arguments, machine, test_data, wikitext
+from benchmarks.common import ROOT, arguments, origin, test_data, wikitext
 from benchmarks.peers import criteria
 from benchmarks.peers.figures import OURS, common, overlap_table, shape_of, table
 from benchmarks.peers.rotation import components, save_rotated
@@ -339,6 +339,7 @@ def main() -> None:
         if options.json is None:
             return
         found = {
+            **origin("Other ways to prune"),
             "model": options.model,
             "texts": bench.texts,
             "tokens": {"calibration": bench.samples_NS.numel(), "distillation": cfg.train.steps * cfg.train.global_batch_size * cfg.train.seq_length,
@@ -347,10 +348,9 @@ def main() -> None:
             "source": source,
             "arms": {name: bench.there(name, options.seeds) for name in options.arms if bench.file(name).exists()},
             "overlap": bench.overlap(),
-            "machine": machine(),
         }  # fmt: skip
     write_json(options.json, found)
-    print(table(found), overlap_table(found), sep="\n\n")
+    print(table(found), overlap_table(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.views import cell, markdown
 from minitron.arch.arch import Arch
 from minitron.pruning.keep import Keep
 
@@ -44,27 +45,23 @@ def above(arm: Mapping[str, Any], ours: Mapping[str, Any], text: str) -> list[fl
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The arms, best first after distillation; those that were not distilled come last, by their loss as cut."""
-    texts = found["texts"]
-    ours = found["arms"].get(OURS)
-    heads = [f"as cut, {name}" for name in texts.values()] + [f"distilled, {name}" for name in texts.values()]
-    lines = ["| way | layers, width, MLP, heads | parameters | " + " | ".join([*heads, "above ours"]) + " |", "| --- " * (len(heads) + 4) + "|"]
-    source = found["source"]
-    cells = ["nothing cut", source["shape"], millions(source), *(f"{source[text]:.3f}" for text in texts), *[""] * (len(texts) + 1)]
-    lines.append("| " + " | ".join(cells) + " |")
+    """The ways, best first after distillation; those that were not distilled come last, by their loss as cut."""
+    texts, source, ours = found["texts"], found["source"], found["arms"].get(OURS)
     first = next(iter(texts))
 
     def order(arm: Mapping[str, Any]) -> tuple[bool, float]:
         losses = after(arm, first).values()
         return not losses, statistics.fmean(losses) if losses else arm["as_cut"][first]
 
+    lines = [["nothing cut", source["shape"], millions(source), *(f"{source[text]:.3f}" for text in texts), *[""] * (len(texts) + 2)]]
     for arm in sorted(found["arms"].values(), key=order):
         differences = above(arm, ours, first) if ours and arm is not ours else []
         name = f"**{arm['title']}**" if arm is ours else arm["title"]
         cells = [name, arm["shape"], millions(arm), *(f"{arm['as_cut'][text]:.3f}" for text in texts)]
-        cells += [*(shown([*after(arm, text).values()]) for text in texts), shown(differences)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells += [*(shown([*after(arm, text).values()]) for text in texts), shown(differences), str(len(arm["distilled"]) or "")]
+        lines.append(cells)
+    stages = [f"{stage}, {name}" for stage in ("as cut", "distilled") for name in texts.values()]
+    return markdown(["way", "layers, width, MLP, heads", "parameters", *stages, "above ours", "seeds"], lines)
 
 
 def millions(entry: Mapping[str, Any]) -> str:
@@ -93,7 +90,8 @@ def common(one: Keep, other: Keep) -> dict[str, list[int]]:
 
 def overlap_table(found: Mapping[str, Any]) -> str:
     """Kept sets of modelopt's formula beside ours."""
-    lines = ["| axis | kept by both | of | in the layer that agrees least |", "| --- | --- | --- | --- |"]
-    for axis, (shared, size, least, of) in found["overlap"]["axes"].items():
-        lines.append(f"| {axis} | {shared:,} | {size:,} ({shared / size:.1%}) | {least:,} of {of:,} |")
-    return "\n".join(lines)
+    lines = [
+        [axis, f"{shared:,}", f"{size:,}", cell(shared / size, ".1%"), f"{least:,} of {of:,}"]
+        for axis, (shared, size, least, of) in found["overlap"]["axes"].items()
+    ]
+    return markdown(["axis", "kept by both", "of", "share", "in the layer that agrees least"], lines)
