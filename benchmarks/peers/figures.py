@@ -53,15 +53,15 @@ def table(found: Mapping[str, Any]) -> str:
         losses = after(arm, first).values()
         return not losses, statistics.fmean(losses) if losses else arm["as_cut"][first]
 
-    lines = [["nothing cut", source["shape"], millions(source), *(f"{source[text]:.3f}" for text in texts), *[""] * (len(texts) + 2)]]
+    lines = [["nothing cut", source["shape"], millions(source), *(f"{source[text]:.3f}" for text in texts), *[""] * (2 * len(texts) + 1)]]
     for arm in sorted(found["arms"].values(), key=order):
-        differences = above(arm, ours, first) if ours and arm is not ours else []
+        differences = {text: above(arm, ours, text) if ours and arm is not ours else [] for text in texts}
         name = f"**{arm['title']}**" if arm is ours else arm["title"]
         cells = [name, arm["shape"], millions(arm), *(f"{arm['as_cut'][text]:.3f}" for text in texts)]
-        cells += [*(shown([*after(arm, text).values()]) for text in texts), shown(differences), str(len(arm["distilled"]) or "")]
+        cells += [*(shown([*after(arm, text).values()]) for text in texts), *map(shown, differences.values()), str(len(arm["distilled"]) or "")]
         lines.append(cells)
-    stages = [f"{stage}, {name}" for stage in ("as cut", "distilled") for name in texts.values()]
-    return markdown(["way", "layers, width, MLP, heads", "parameters", *stages, "above ours", "seeds"], lines)
+    stages = [f"{stage}, {name}" for stage in ("as cut", "distilled", "above ours") for name in texts.values()]
+    return markdown(["way", "layers, width, MLP, heads", "parameters", *stages, "seeds"], lines)
 
 
 def millions(entry: Mapping[str, Any]) -> str:

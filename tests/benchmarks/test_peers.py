@@ -1,7 +1,9 @@
 """Other papers' criteria against sums made by hand on a tiny model, the rotation against the model that it must not change, the tables."""
 
+import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +255,21 @@ def test_the_benchmark_goes_on_where_it_was(data_root, stories, tmp_path, monkey
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("found/*.json")}
     peers.main()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("found/*.json")} and "measure" not in capsys.readouterr().out
+
+
+def test_what_the_document_says_of_the_intervals():
+    """The sentences below the table in docs/results.md."""
+    found = json.loads((Path(__file__).parents[2] / "docs" / "results" / "peers.json").read_text(encoding="utf-8"))
+    ends: dict[str, dict[str, tuple[float, float]]] = {text: {} for text in found["texts"]}
+    for text, (name, arm) in itertools.product(found["texts"], found["arms"].items()):
+        if name != "ours" and len(arm["distilled"]) > 1:
+            mean, half = interval(above(arm, found["arms"]["ours"], text))
+            ends[text][name] = mean - half, mean + half
+    worse = {text: {name for name, (low, _) in one.items() if low > 0} for text, one in ends.items()}
+    assert (
+        ends.keys() == {"valid", "text_wikitext2"} and {"shortgpt", "taylor", "magnitude", "random", "slicegpt", "ours-width"} <= ends["valid"].keys()
+    )
+    assert worse["valid"] == ends["valid"].keys() - {"wanda"} and ends["valid"]["wanda"][1] < 0
+    assert worse["text_wikitext2"] == ends["text_wikitext2"].keys() - {"wanda", "shortgpt"} and ends["text_wikitext2"]["wanda"][0] < 0
+    widths = [found["arms"][name]["distilled"] for name in ("ours-width", "wanda-width")]
+    assert all(widths[0][seed]["valid"] < losses["valid"] for seed, losses in widths[1].items())
