@@ -1,0 +1,44 @@
+"""The teacher: one that is there, or one that `minitron train` makes from random weights first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import test_data
+from benchmarks.paper.claims import Teacher
+from minitron.config.compose import compose
+from minitron.stages import export, train
+
+
+def filled(settings: Sequence[str]) -> list[str]:
+    """Settings with `{data}` replaced."""
+    return [one.replace("{data}", str(test_data())) for one in settings]
+
+
+def make(teacher: Teacher, folder: Path, seed: int) -> list[str]:
+    """The settings that name the teacher, which is trained in `folder` where it has a shape and is not there yet; broken off, it goes on."""
+    if not teacher.shape:
+        return []
+    made = folder / "hf"
+    if not (made / "config.json").is_file():
+        start = folder / "random"
+        if not (start / "config.json").is_file():
+            random_model(teacher, start, seed)
+        given = [one for one in filled(teacher.settings) if one.startswith(("data.", "eval.", "dtype="))]
+        cfg = [*given, *teacher.training, f'model.path="{start}"', f'run.dir="{folder}"', f"seed={seed}"]
+        train.run(compose("train", cfg))
+        export.run(compose("export", [one for one in cfg if one.startswith(("model.", "run.", "dtype="))]))
+    return [f'model.path="{made}"']
+
+
+def random_model(teacher: Teacher, folder: Path, seed: int) -> None:
+    """A Hugging Face folder with random weights and the tokenizer of stories260K, whose vocabulary is small."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**teacher.shape)).save_pretrained(folder)
+    for file in (test_data() / "stories260k").glob("tokenizer*.json"):
+        shutil.copyfile(file, folder / file.name)

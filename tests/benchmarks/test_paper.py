@@ -1,0 +1,138 @@
+"""The papers' claims: what is made of the figures, and that the tables of teachers, arms and claims hold together."""
+
+import math
+
+import pytest
+
+from benchmarks.paper.claims import ARMS, CANDIDATES, CLAIMS, CURVE, TEACHERS, Lower, Settles, needed
+from benchmarks.paper.results import arms_table, rows, table
+from benchmarks.paper.verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED, Interval, interval, together, verdict
+from minitron.arch.arch import Arch
+from minitron.config.compose import compose
+from minitron.config.schema import Parallel, Target
+from minitron.pruning.target import target_arch
+
+SMOLLM2 = Arch("llama", 30, 576, 1536, 9, 3, 64, 49152, 2048, share_embeddings_and_output_weights=True)
+STORIES = Arch("llama", 5, 64, 172, 8, 4, 8, 512, 512, share_embeddings_and_output_weights=True)
+
+
+def test_an_interval_is_students():
+    found = interval([1.0, 2.0, 3.0])  # deviation 1; the quantile of t with 2 degrees of freedom is 4.30265
+    half = 4.30265273 / math.sqrt(3)
+    assert [found.mean, found.low, found.high] == pytest.approx([2.0, 2.0 - half, 2.0 + half])
+    assert interval([0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
+    assert interval([0.5]) == Interval(0.5, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "expected"),
+    [
+        (0.01, 0.2, None, REPRODUCED),
+        (-0.01, 0.2, None, UNRESOLVED),
+        (0.0, 0.0, None, UNRESOLVED),
+        (-0.2, -0.01, None, CONTRADICTED),
+        (-math.inf, math.inf, None, UNRESOLVED),
+        (-0.01, 0.015, 0.02, REPRODUCED),
+        (0.001, 0.015, 0.02, REPRODUCED),
+        (-0.03, 0.015, 0.02, UNRESOLVED),
+        (0.01, 0.03, 0.02, UNRESOLVED),
+        (0.021, 0.03, 0.02, CONTRADICTED),
+        (-0.03, -0.021, 0.02, CONTRADICTED),
+        (-math.inf, math.inf, 0.02, UNRESOLVED),
+    ],
+)
+def test_a_verdict_follows_from_where_the_interval_lies(low, high, margin, expected):
+    assert verdict(Interval((low + high) / 2, low, high), margin) == expected
+
+
+def test_a_claim_is_worth_its_worst_comparison():
+    assert together([REPRODUCED, REPRODUCED]) == REPRODUCED
+    assert together([REPRODUCED, UNRESOLVED]) == UNRESOLVED
+    assert together([UNRESOLVED, CONTRADICTED, REPRODUCED]) == CONTRADICTED
+
+
+def test_claims_compare_arms_that_exist():
+    used = {arm for claim in CLAIMS.values() for comparison in claim.comparisons for arm in comparison.arms}
+    assert used == set(ARMS), "an arm is in a claim, and the other way round"
+    for claim in CLAIMS.values():
+        for comparison in claim.comparisons:
+            if isinstance(comparison, Lower):
+                assert comparison.when == "before" or all(ARMS[arm].budget for arm in comparison.arms)
+            else:
+                assert comparison.share in CURVE
+    assert needed(["kd_over_ce", "pruned_init"]) == ["width", "random init", "CE"]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_cuts_of_a_teacher_are_equally_large(name):
+    teacher = TEACHERS[name]
+    shape = teacher.shape
+    arch = {"smollm2_135m": SMOLLM2, "stories260k": STORIES}.get(name) or Arch(
+        "llama", shape["num_hidden_layers"], shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"],
+        shape["num_key_value_heads"], shape["head_dim"], shape["vocab_size"], shape["max_position_embeddings"],
+        share_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    sizes = {}
+    for arm, one in ARMS.items():
+        settings = [setting.split("=") for part in one.parts for setting in teacher.parts[part]]
+        target = Target(**{key.removeprefix("target."): int(value) for key, value in settings if key.startswith("target.")})
+        sizes[arm] = target_arch(arch, target, Parallel()).num_parameters()
+    small = {arm: count for arm, count in sizes.items() if arm.startswith("small")}
+    alike = [count for arm, count in sizes.items() if arm not in small]
+    assert max(alike) / min(alike) < 1.02
+    assert all(arch.num_parameters() / count > 3.5 for count in small.values())
+
+
+def test_the_settings_of_all_arms_compose():
+    teacher = TEACHERS["openstax"]
+    for own in {(*one.settings, *(setting for part in one.parts for setting in teacher.parts[part])) for one in ARMS.values()}:
+        assert compose("compress", [*teacher.settings, *own, "run.dir=here", "model.path=there"]).dtype == "fp32"
+
+
+def losses(before, after=None, **curve):
+    """An arm's figures, as far as rows are made of them."""
+    text = {"kl": 0.5, "texts": {"wikitext2": {"loss": 9.0, "kl": 1.0}}}
+    found = {"before": {"loss": before, **text}, "curve": {"0.0": before, **curve}, "tokens": 1000, "processor_seconds": 6.0, "params": 2_000_000}
+    return found if after is None else {**found, "after": {"loss": after, **text}}
+
+
+def test_rows_are_paired_by_seed():
+    found = {
+        "width": {1: losses(5.0, 2.0), 2: losses(5.1, 3.0), 3: losses(5.2, 4.0), 4: losses(5.2, 4.0)},
+        "random init": {1: losses(7.0, 2.5), 2: losses(7.0, 3.5), 3: losses(7.0, 4.5)},
+    }
+    (row,) = rows(["pruned_init"], found)
+    (comparison,) = row["comparisons"]
+    assert row["seeds"] == [1, 2, 3], "those that all its arms have"
+    assert comparison["differences"] == [0.5, 0.5, 0.5]
+    assert (comparison["low"], comparison["high"], comparison["verdict"], row["verdict"]) == (0.5, 0.5, REPRODUCED, REPRODUCED)
+    assert (row["tokens"], row["processor_seconds"]) == (6000, 36.0)
+    assert rows(["kd_over_ce"], found) == []
+
+
+def test_a_single_seed_resolves_nothing():
+    (row,) = rows(["pruned_init"], {"width": {1: losses(5.0, 2.0)}, "random init": {1: losses(5.0, 9.0)}})
+    assert (row["comparisons"][0]["low"], row["verdict"]) == (None, UNRESOLVED)
+    assert "no interval" in table({"claims": [row]})
+
+
+def test_an_order_that_settles():
+    def arm(number, before, middle, last):
+        return {CANDIDATES[number]: losses(before, last, **{"0.25": middle})}
+
+    figures = {**arm(0, 3.0, 1.0, 0.5), **arm(1, 2.0, 2.0, 0.6), **arm(2, 1.0, 3.0, 0.7)}
+    assert Settles(CANDIDATES[:3], 0.25).difference(figures.__getitem__) == 2.0  # from the opposite order to the same
+
+
+def test_the_table_has_a_line_for_each_comparison():
+    found = {
+        "width": {1: losses(5.0, 2.0), 2: losses(5.0, 2.0)},
+        "few tokens": {1: losses(5.0, 2.5), 2: losses(5.0, 2.7)},
+        "many tokens": {1: losses(5.0, 2.0), 2: losses(5.0, 2.002)},
+    }
+    lines = table({"claims": rows(["top_k"], found)}).splitlines()
+    assert len(lines) == 4
+    assert lines[2].split(" | ")[2:5] == ["width < few tokens: +0.600 (-0.671 to +1.871)", UNRESOLVED, f"**{UNRESOLVED}**"]
+    assert lines[3].startswith("| | | width = many tokens: +0.001 (-0.012 to +0.014, within ±0.02) | reproduced | |")
+    text = arms_table({"arms": {arm: {str(seed): one for seed, one in seeds.items()} for arm, seeds in found.items()}})
+    assert text.splitlines()[3] == "| few tokens | 2.00 M | 5.000 | 2.600 | 0.500 | 9.000 | 1.000 |"
