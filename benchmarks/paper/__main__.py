@@ -51,7 +51,7 @@ def run(teacher: Teacher, folder: Path, claims: list[str], seeds: int, overrides
     results: dict[str, Any] = {}
     with session(compose("compress", [*here, *teacher.parts["width"]]), "compress") as opened:
         if teacher.shape:
-            Manifest.load(folder / "teacher" / "data").lend(folder / "run" / "data")
+            Manifest.load(folder / "teacher" / "run" / "data").lend(folder / "run" / "data")
         held_out = Remembered(LiveTeacher(opened.teacher, opened.world))
         known = {"params": opened.source.arch.num_parameters(), **of_teacher(opened, held_out)}
         found: dict[str, dict[int, Any]] = {arm: {} for arm in arms}

@@ -73,7 +73,7 @@ class Seed:
             model = self._cut(opened)
             if arm.init == "random":
                 renew(model, opened.cfg.seed)
-        found: dict[str, Any] = {"settings": settings, "params": model.arch.num_parameters(), "before": self._measure(opened, model)}
+        found: dict[str, Any] = {"settings": settings, "params": model.arch.num_parameters(), "before": self._glance(opened, model)}
         curve = {"0.0": found["before"]["loss"]}
         if arm.budget:
             tokens += self._retrain(opened, model, arm, curve)
@@ -121,18 +121,20 @@ class Seed:
             if line["skipped"]:
                 raise RuntimeError(f"step {trainer.step} was skipped: {line}")
             if trainer.step in stops:
-                curve[str(stops[trainer.step])] = self._loss_of(opened, model, "valid", cfg.eval.tokens)["loss"]
+                curve[str(stops[trainer.step])] = self._glance(opened, model)["loss"]
         trainer.close()
         return cfg.train.steps * cfg.train.global_batch_size * cfg.train.seq_length
+
+    def _glance(self, opened: Session, model: engine.Model) -> dict[str, float]:
+        """Of less held-out text, for what is measured on the way."""
+        return losses(opened, model, self.held_out, "valid", opened.cfg.train.eval_tokens, self.scratch)
 
     def _measure(self, opened: Session, model: engine.Model) -> dict[str, Any]:
         """Of held-out text at the top, and of each text of eval.texts."""
         cfg = opened.cfg
-        texts = {name: self._loss_of(opened, model, f"text_{name}", cfg.eval.tokens) for name in cfg.eval.texts}
-        return {**self._loss_of(opened, model, "valid", cfg.eval.tokens), "texts": texts}
-
-    def _loss_of(self, opened: Session, model: engine.Model, split: str, tokens: int) -> dict[str, float]:
-        return losses(opened, model, self.held_out, split, tokens, self.scratch)
+        splits = {"": "valid", **{name: f"text_{name}" for name in cfg.eval.texts}}
+        found = {name: losses(opened, model, self.held_out, split, cfg.eval.tokens, self.scratch) for name, split in splits.items()}
+        return {**found.pop(""), "texts": found}
 
 
 class Labelled:

@@ -37,9 +37,9 @@ TEACHERS = {
     "openstax": Teacher(
         settings=(
             'data.train="{data}/text/openstax.jsonl.gz"', 'eval.texts.wikitext2="{data}/text/wikitext2_test.joined.txt"', "dtype=fp32",
-            "calibrate.samples=64", "calibrate.seq_length=256", "calibrate.micro_batch_size=8", "calibrate.skip_samples=32",
-            "train.steps=64", "train.global_batch_size=8", "train.micro_batch_size=8", "train.seq_length=256", "train.lr=2e-3", "train.min_lr=1e-4",
-            "train.warmup_steps=6", "eval.tokens=65536", "eval.micro_batch_size=8",
+            "calibrate.samples=64", "calibrate.seq_length=128", "calibrate.micro_batch_size=8", "calibrate.skip_samples=32",
+            "train.steps=64", "train.global_batch_size=8", "train.micro_batch_size=8", "train.seq_length=128", "train.lr=2e-3", "train.min_lr=1e-4",
+            "train.warmup_steps=6", "train.eval_tokens=8192", "eval.tokens=16384", "eval.micro_batch_size=8",
         ),
         parts={
             "width": sizes(96, 304),
@@ -59,8 +59,8 @@ TEACHERS = {
             "eos_token_id": 2,
         },
         training=(
-            "train.steps=1500", "train.global_batch_size=8", "train.micro_batch_size=8", "train.seq_length=256", "train.lr=3e-3", "train.min_lr=1e-4",
-            "train.warmup_steps=60", "train.eval_interval=250", "train.save_interval=500", "train.eval_tokens=65536",
+            "train.steps=1250", "train.global_batch_size=8", "train.micro_batch_size=8", "train.seq_length=128", "train.lr=3e-3", "train.min_lr=1e-4",
+            "train.warmup_steps=100", "train.eval_interval=250", "train.save_interval=250", "train.eval_tokens=16384",
         ),
     ),
     "stories260k": Teacher(  # karpathy's, of stories that are not here: so small that a run takes a minute
@@ -68,7 +68,8 @@ TEACHERS = {
             'model.path="{data}/stories260k"', 'data.train="{data}/text/openstax.jsonl.gz"',
             'eval.texts.wikitext2="{data}/text/wikitext2_test.joined.txt"', "dtype=fp32", "calibrate.samples=32", "calibrate.seq_length=128",
             "calibrate.micro_batch_size=8", "calibrate.skip_samples=16", "train.steps=32", "train.global_batch_size=8", "train.micro_batch_size=8",
-            "train.seq_length=128", "train.lr=2e-3", "train.min_lr=1e-4", "train.warmup_steps=4", "eval.tokens=16384", "eval.micro_batch_size=8",
+            "train.seq_length=128", "train.lr=2e-3", "train.min_lr=1e-4", "train.warmup_steps=4", "train.eval_tokens=8192",
+            "eval.tokens=16384", "eval.micro_batch_size=8",
         ),
         parts={
             "width": sizes(48, 136),

@@ -21,13 +21,13 @@ def make(teacher: Teacher, folder: Path, seed: int) -> list[str]:
     """The settings that name the teacher, which is trained in `folder` where it has a shape and is not there yet; broken off, it goes on."""
     if not teacher.shape:
         return []
-    made = folder / "hf"
+    run, made = folder / "run", folder / "run" / "hf"
     if not (made / "config.json").is_file():
         start = folder / "random"
         if not (start / "config.json").is_file():
             random_model(teacher, start, seed)
         given = [one for one in filled(teacher.settings) if one.startswith(("data.", "eval.", "dtype="))]
-        cfg = [*given, *teacher.training, f'model.path="{start}"', f'run.dir="{folder}"', f"seed={seed}"]
+        cfg = [*given, *teacher.training, f'model.path="{start}"', f'run.dir="{run}"', f"seed={seed}"]
         train.run(compose("train", cfg))
         export.run(compose("export", [one for one in cfg if one.startswith(("model.", "run.", "dtype="))]))
     return [f'model.path="{made}"']
