@@ -50,7 +50,7 @@ def run(teacher: Teacher, folder: Path, claims: list[str], seeds: int, overrides
     here = [*settings, f'run.dir="{folder / "run"}"', f"seed={FIRST_SEED}"]
     results: dict[str, Any] = {}
     with session(compose("compress", [*here, *teacher.parts["width"]]), "compress") as opened:
-        if teacher.shape:
+        if teacher.training:
             Manifest.load(folder / "teacher" / "run" / "data").lend(folder / "run" / "data")
         held_out = Remembered(LiveTeacher(opened.teacher, opened.world))
         known = {"params": opened.source.arch.num_parameters(), **of_teacher(opened, held_out)}

@@ -18,14 +18,14 @@ def filled(settings: Sequence[str]) -> list[str]:
 
 
 def make(teacher: Teacher, folder: Path, seed: int) -> list[str]:
-    """The settings that name the teacher, which is trained in `folder` where it has a shape and is not there yet; broken off, it goes on."""
-    if not teacher.shape:
-        return []
+    """The settings that name the teacher, which is trained in `folder` where it is to be and is not there yet; broken off, that goes on."""
+    start = None if teacher.start is None else filled([teacher.start])[0]
+    if not teacher.training:
+        return [] if start is None else [f'model.path="{start}"']
     run, made = folder / "run", folder / "run" / "hf"
     if not (made / "config.json").is_file():
-        start = folder / "random"
-        if not (start / "config.json").is_file():
-            random_model(teacher, start, seed)
+        if start is None:
+            start = str(random_model(teacher, folder / "random", seed))
         given = [one for one in filled(teacher.settings) if one.startswith(("data.", "eval.", "dtype="))]
         cfg = [*given, *teacher.training, f'model.path="{start}"', f'run.dir="{run}"', f"seed={seed}"]
         train.run(compose("train", cfg))
@@ -33,12 +33,14 @@ def make(teacher: Teacher, folder: Path, seed: int) -> list[str]:
     return [f'model.path="{made}"']
 
 
-def random_model(teacher: Teacher, folder: Path, seed: int) -> None:
-    """A Hugging Face folder with random weights and the tokenizer of stories260K, whose vocabulary is small."""
+def random_model(teacher: Teacher, folder: Path, seed: int) -> Path:
+    """A Hugging Face folder with random weights and the tokenizer of stories260K, whose vocabulary is small; made unless it is there."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**teacher.shape)).save_pretrained(folder)
-    for file in (test_data() / "stories260k").glob("tokenizer*.json"):
-        shutil.copyfile(file, folder / file.name)
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**teacher.shape)).save_pretrained(folder)
+        for file in (test_data() / "stories260k").glob("tokenizer*.json"):
+            shutil.copyfile(file, folder / file.name)
+    return folder
