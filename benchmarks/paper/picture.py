@@ -1,17 +1,15 @@
-"""A picture of the effects: `python -m benchmarks.paper.picture RESULTS.json PICTURE.svg`."""
+"""A picture of the effects."""
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.claims import MARGIN
-from benchmarks.paper.verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED
-from minitron.files import read_object, write_text
 from minitron.reporting.drawing import LIGHT
+
+from .claims import MARGIN
+from .verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED
 
 COLORS = {REPRODUCED: LIGHT["kept"], UNRESOLVED: LIGHT["muted"], CONTRADICTED: LIGHT["cut"]}
 TICKS = (-1, -0.1, -0.01, 0, 0.01, 0.1, 1)
@@ -25,7 +23,7 @@ def drawn(results: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    entries = [(row, one) for row in results["claims"] for one in row["comparisons"] if one["unit"] == "nats" and one["low"] is not None]
+    entries = [row for row in results["rows"] if row["unit"] == "nats" and row["low"] is not None]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.8 + 0.24 * len(entries)), layout="constrained")
         figure.patch.set_facecolor("white")
@@ -33,14 +31,13 @@ def drawn(results: Mapping[str, Any]) -> str:
         axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
         axes.axvspan(-MARGIN, MARGIN, color=LIGHT["grid"], lw=0, zorder=0)
         axes.axvline(0, color=LIGHT["muted"], lw=0.8, zorder=1)
-        for at, (row, one) in enumerate(entries):
-            color = COLORS[one["verdict"]]
+        for at, one in enumerate(entries):
+            color = COLORS[one["outcome"]]
             axes.plot([one["low"], one["high"]], [at, at], color=color, lw=2, solid_capstyle="butt")
-            axes.plot(one["differences"], [at] * len(one["differences"]), "|", color=color, ms=5, mew=0.7)
-            axes.plot(one["mean"], at, "o" if one["margin"] is None else "D", color=color, ms=5)
-            if at and row is not entries[at - 1][0]:
+            axes.plot(one["difference"], at, "o" if one["margin"] is None else "D", color=color, ms=5)
+            if at and one["claim"] != entries[at - 1]["claim"]:
                 axes.axhline(at - 0.5, color=LIGHT["grid"], lw=0.6, zorder=0)
-        axes.set_yticks(range(len(entries)), [one["compared"] for _, one in entries])
+        axes.set_yticks(range(len(entries)), [one["compared"] for one in entries])
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axes.minorticks_off()
@@ -52,16 +49,3 @@ def drawn(results: Mapping[str, Any]) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
-
-
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.picture", description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    write_text(options.picture, drawn(read_object(options.results)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,26 @@
-"""From the figures of all arms and seeds to rows, one for each comparison of a claim, and to the table in docs/results.md. Pure."""
+"""From the figures of all arms and seeds to rows, one for each comparison of a claim, and to the tables in docs/results.md. Pure."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.paper.claims import CLAIMS, Figures, Settles
-from benchmarks.paper.verdicts import interval, together, verdict
+from .claims import CLAIMS, Figures, Settles
+from .verdicts import interval, together, verdict
 
 Found = Mapping[str, Mapping[int, Figures]]  # by arm and seed
+Row = dict[str, Any]
+# of a row, with how each is printed; "outcome" is the verdict on the comparison, "verdict" that on the claim
+COLUMNS = {
+    "claim": "", "published": "", "compared": "", "unit": "<", "difference": "+.3f", "low": "+.3f", "high": "+.3f", "margin": ".2f", "seeds": "d",
+    "outcome": "", "verdict": "", "M tokens": ".2f", "minutes": ".1f",
+}  # fmt: skip
 
 
-def rows(names: Sequence[str], found: Found) -> list[dict[str, Any]]:
-    """Of each claim: what was published, its comparisons with the differences of all seeds that all its arms have, its verdict, its cost."""
+def rows(names: Sequence[str], found: Found) -> list[Row]:
+    """Of each claim its comparisons, with the seeds that all its arms have, and its verdict and cost; nothing of one without any seed."""
     made = []
     for name in names:
         claim = CLAIMS[name]
@@ -22,82 +28,61 @@ def rows(names: Sequence[str], found: Found) -> list[dict[str, Any]]:
         seeds = sorted(set.intersection(*(set(found.get(arm, {})) for arm in arms)))
         if not seeds:
             continue
-        comparisons = []
-        for comparison in claim.comparisons:
-            differences = [comparison.difference(lambda arm, seed=seed: found[arm][seed]) for seed in seeds]  # type: ignore[misc]
-            within = interval(differences)
-            comparisons.append(
-                {
-                    "compared": comparison.words,
-                    "unit": "tau" if isinstance(comparison, Settles) else "nats",
-                    "margin": comparison.margin,
-                    "differences": differences,
-                    **{key: value if math.isfinite(value) else None for key, value in dataclasses.asdict(within).items()},
-                    "verdict": verdict(within, comparison.margin),
-                }
-            )
         spent = [found[arm][seed] for arm in arms for seed in seeds]
-        made.append(
-            {
-                "name": name,
-                "claim": claim.words,
-                "published": claim.published,
-                "seeds": seeds,
-                "comparisons": comparisons,
-                "verdict": together([comparison["verdict"] for comparison in comparisons]),
-                "tokens": sum(one["tokens"] for one in spent),
-                "processor_seconds": sum(one["processor_seconds"] for one in spent),
-            }
-        )
+        whole = {"M tokens": sum(one["tokens"] for one in spent) / 1e6, "minutes": sum(one["processor_seconds"] for one in spent) / 60}
+        compared = []
+        for comparison in claim.comparisons:
+            within = interval([comparison.difference(lambda arm, seed=seed: found[arm][seed]) for seed in seeds])  # type: ignore[misc]
+            ends = {key: value if math.isfinite(value) else None for key, value in (("low", within.low), ("high", within.high))}
+            what = {"compared": comparison.words, "unit": "tau" if isinstance(comparison, Settles) else "nats", "margin": comparison.margin}
+            outcome = verdict(within, comparison.margin)
+            compared.append({**what, "difference": within.mean, **ends, "seeds": len(seeds), "outcome": outcome})
+        whole |= {"claim": claim.words, "published": claim.published, "verdict": together([one["outcome"] for one in compared])}
+        made += [{**one, **whole} for one in compared]
     return made
 
 
-def ours(comparison: Mapping[str, Any]) -> str:
+def ours(row: Row) -> str:
     """A comparison in a cell."""
-    digits = 2 if comparison["unit"] == "tau" else 3
-    ends = "no interval" if comparison["low"] is None else f"{comparison['low']:+.{digits}f} to {comparison['high']:+.{digits}f}"
-    margin = "" if comparison["margin"] is None else f", within ±{comparison['margin']}"
-    return f"{comparison['compared']}: {comparison['mean']:+.{digits}f} ({ends}{margin})"
+    form = "+.2f" if row["unit"] == "tau" else "+.3f"
+    ends = "no interval" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
+    margin = "" if row["margin"] is None else f", within ±{row['margin']}"
+    return f"{row['compared']}: {row['difference']:{form}} ({ends}{margin})"
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table, its last line ended."""
+    return "".join("|" + "".join(f" {text} |" if text else " |" for text in line) + "\n" for line in (headings, ["---"] * len(headings), *lines))
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The claims as Markdown. A claim of several comparisons has a line for each, and its verdict on the first."""
-    lines = ["| claim | published | ours: difference (95 % interval) | | verdict | tokens | minutes |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for row in results["claims"]:
-        for number, comparison in enumerate(row["comparisons"]):
-            first = number == 0
-            cells = [
-                row["claim"] if first else "",
-                row["published"] if first else "",
-                ours(comparison),
-                comparison["verdict"] if len(row["comparisons"]) > 1 else "",
-                f"**{row['verdict']}**" if first else "",
-                f"{row['tokens'] / 1e6:.1f} M" if first else "",
-                f"{row['processor_seconds'] / 60:.1f}" if first else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
-    return "\n".join(lines)
+    """The claims. One of several comparisons has a line for each, and its verdict on the first."""
+    lines, before = [], None
+    for row in results["rows"]:
+        first, several = row["claim"] != before, sum(other["claim"] == row["claim"] for other in results["rows"]) > 1
+        whole = [f"**{row['verdict']}**", f"{row['M tokens']:.1f} M", f"{row['minutes']:.1f}"] if first else [""] * 3
+        lines.append([*([row["claim"], row["published"]] if first else ["", ""]), ours(row), row["outcome"] if several else "", *whole])
+        before = row["claim"]
+    return markdown(["claim", "published", "ours: difference (95 % interval)", "", "verdict", "tokens", "minutes"], lines)
 
 
 def arms_table(results: Mapping[str, Any]) -> str:
-    """Means over the seeds of what each arm came to, as Markdown."""
-    lines = [
-        "| arm | parameters | as pruned | loss | KL to the teacher | WikiText-2: loss | KL |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Means over the seeds of what each arm came to; of those that were retrained."""
+
+    def mean(values: list[float]) -> str:
+        return f"{statistics.fmean(values):.3f}"
+
+    teacher = results["teacher"]
+    texts = teacher["texts"]
+    losses = [cell for loss in (teacher["loss"], *texts.values()) for cell in (f"{loss:.3f}", "")]
+    lines = [["*teacher*", f"{teacher['params'] / 1e6:.2f} M", "", *losses]]
     for name, seeds in results["arms"].items():
         figures = list(seeds.values())
-        after = [one.get("after") for one in figures]
-
-        def mean(values: list[float]) -> str:
-            return f"{sum(values) / len(values):.3f}"
-
-        cells = [name, f"{figures[0]['params'] / 1e6:.2f} M", mean([one["before"]["loss"] for one in figures])]
-        if all(after):
-            texts = [one["texts"].get("wikitext2") for one in after]
-            cells += [mean([one[key] for one in after]) for key in ("loss", "kl")]
-            cells += [mean([one[key] for one in texts]) for key in ("loss", "kl")] if all(texts) else ["", ""]
-        else:
-            cells += [""] * 4
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if "after" not in figures[0]:
+            continue
+        after = [one["after"] for one in figures]
+        places = [after, *([one["texts"][text] for one in after] for text in texts)]
+        cells = [mean([one[key] for one in place]) for place in places for key in ("loss", "kl")]
+        lines.append([name, f"{figures[0]['params'] / 1e6:.2f} M", mean([one["before"]["loss"] for one in figures]), *cells])
+    headings = ["arm", "parameters", "as pruned", "held-out loss", "KL to the teacher", *(cell for text in texts for cell in (f"{text}: loss", "KL"))]
+    return markdown(headings, lines)

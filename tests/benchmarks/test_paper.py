@@ -5,7 +5,8 @@ import math
 import pytest
 
 from benchmarks.paper.claims import ARMS, CANDIDATES, CLAIMS, CURVE, TEACHERS, Lower, Settles, needed
-from benchmarks.paper.results import arms_table, rows, table
+from benchmarks.paper.picture import drawn
+from benchmarks.paper.results import COLUMNS, arms_table, rows, table
 from benchmarks.paper.verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED, Interval, interval, together, verdict
 from minitron.arch.arch import Arch
 from minitron.config.compose import compose
@@ -102,18 +103,16 @@ def test_rows_are_paired_by_seed():
         "random init": {1: losses(7.0, 2.5), 2: losses(7.0, 3.5), 3: losses(7.0, 4.5)},
     }
     (row,) = rows(["pruned_init"], found)
-    (comparison,) = row["comparisons"]
-    assert row["seeds"] == [1, 2, 3], "those that all its arms have"
-    assert comparison["differences"] == [0.5, 0.5, 0.5]
-    assert (comparison["low"], comparison["high"], comparison["verdict"], row["verdict"]) == (0.5, 0.5, REPRODUCED, REPRODUCED)
-    assert (row["tokens"], row["processor_seconds"]) == (6000, 36.0)
+    assert set(row) == set(COLUMNS)
+    assert (row["difference"], row["low"], row["high"], row["outcome"], row["verdict"]) == (0.5, 0.5, 0.5, REPRODUCED, REPRODUCED)
+    assert (row["seeds"], row["M tokens"], row["minutes"]) == (3, 0.006, 0.6), "the seeds that all its arms have"
     assert rows(["kd_over_ce"], found) == []
 
 
 def test_a_single_seed_resolves_nothing():
-    (row,) = rows(["pruned_init"], {"width": {1: losses(5.0, 2.0)}, "random init": {1: losses(5.0, 9.0)}})
-    assert (row["comparisons"][0]["low"], row["verdict"]) == (None, UNRESOLVED)
-    assert "no interval" in table({"claims": [row]})
+    found = rows(["pruned_init"], {"width": {1: losses(5.0, 2.0)}, "random init": {1: losses(5.0, 9.0)}})
+    assert (found[0]["low"], found[0]["verdict"]) == (None, UNRESOLVED)
+    assert "no interval" in table({"rows": found})
 
 
 def test_an_order_that_settles():
@@ -124,15 +123,33 @@ def test_an_order_that_settles():
     assert Settles(CANDIDATES[:3], 0.25).difference(figures.__getitem__) == 2.0  # from the opposite order to the same
 
 
-def test_the_table_has_a_line_for_each_comparison():
+@pytest.fixture
+def results():
+    """Of one claim, as benchmarks/claims.py writes them."""
     found = {
         "width": {1: losses(5.0, 2.0), 2: losses(5.0, 2.0)},
         "few tokens": {1: losses(5.0, 2.5), 2: losses(5.0, 2.7)},
         "many tokens": {1: losses(5.0, 2.0), 2: losses(5.0, 2.002)},
+        "seq mean": {1: losses(5.0), 2: losses(5.0)},
     }
-    lines = table({"claims": rows(["top_k"], found)}).splitlines()
+    arms = {arm: {str(seed): one for seed, one in seeds.items()} for arm, seeds in found.items()}
+    return {"rows": rows(["top_k"], found), "arms": arms, "teacher": {"params": 3_000_000, "loss": 1.5, "texts": {"wikitext2": 4.0}}}
+
+
+def test_the_table_has_a_line_for_each_comparison(results):
+    lines = table(results).splitlines()
     assert len(lines) == 4
     assert lines[2].split(" | ")[2:5] == ["width < few tokens: +0.600 (-0.671 to +1.871)", UNRESOLVED, f"**{UNRESOLVED}**"]
-    assert lines[3].startswith("| | | width = many tokens: +0.001 (-0.012 to +0.014, within ±0.02) | reproduced | |")
-    text = arms_table({"arms": {arm: {str(seed): one for seed, one in seeds.items()} for arm, seeds in found.items()}})
-    assert text.splitlines()[3] == "| few tokens | 2.00 M | 5.000 | 2.600 | 0.500 | 9.000 | 1.000 |"
+    assert lines[3] == "| | | width = many tokens: +0.001 (-0.012 to +0.014, within ±0.02) | reproduced | | | |"
+    assert arms_table(results).splitlines()[2:] == [
+        "| *teacher* | 3.00 M | | 1.500 | | 4.000 | |",
+        "| width | 2.00 M | 5.000 | 2.000 | 0.500 | 9.000 | 1.000 |",
+        "| few tokens | 2.00 M | 5.000 | 2.600 | 0.500 | 9.000 | 1.000 |",
+        "| many tokens | 2.00 M | 5.000 | 2.001 | 0.500 | 9.000 | 1.000 |",
+    ]
+
+
+def test_the_picture_names_what_is_compared(results):
+    text = drawn(results)
+    assert text == drawn(results), "the same file each time"
+    assert all(f">{row['compared'].replace('<', '&lt;')}<" in text for row in results["rows"])
