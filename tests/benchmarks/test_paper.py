@@ -1,6 +1,9 @@
 """The papers' claims: what is made of the figures, and that the tables of teachers, arms and claims hold together."""
 
+import dataclasses
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from minitron.config.compose import compose
 from minitron.config.schema import Parallel, Target
 from minitron.pruning.target import target_arch
 
+ROOT = Path(__file__).parents[2]
 SMOLLM2 = Arch("llama", 30, 576, 1536, 9, 3, 64, 49152, 2048, share_embeddings_and_output_weights=True)
 STORIES = Arch("llama", 5, 64, 172, 8, 4, 8, 512, 512, share_embeddings_and_output_weights=True)
 
@@ -153,3 +157,32 @@ def test_the_picture_names_what_is_compared(results):
     text = drawn(results)
     assert text == drawn(results), "the same file each time"
     assert all(f">{row['compared'].replace('<', '&lt;')}<" in text for row in results["rows"])
+
+
+@pytest.mark.slow
+def test_arms_are_run_once(tmp_path, monkeypatch):
+    """Two arms on the real stories260K, a few steps each; the same command again computes none of it, further steps all of it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("claims")
+    if not (data := script.test_data()).is_dir():
+        pytest.skip("MINITRON_TEST_DATA names no folder")
+    teacher = dataclasses.replace(script.TEACHERS["stories260k"], training=())
+    small = [
+        f'data.train="{data}/text/wikitext2_test.docs.jsonl"', "data.text_key=page", "eval.texts={}", "train.warmup_steps=1",
+        "train.eval_tokens=1024", "eval.tokens=1024", "calibrate.samples=8", "device=cpu",
+    ]  # fmt: skip
+    begun, run = [], script.Seed.run
+    monkeypatch.setattr(script.Seed, "run", lambda self, name, parts: (begun.append(name), run(self, name, parts))[1])
+
+    def once(steps):
+        begun.clear()
+        return script.run(teacher, tmp_path, ["kd_over_ce"], 1, [*small, f"train.steps={steps}"])
+
+    known, found = once(4)
+    assert begun == ["width", "CE"]
+    after = {arm: found[arm][1]["after"] for arm in begun}
+    assert found["width"][1]["tokens"] == 4 * 8 * 128
+    assert after["width"] != after["CE"] and found["width"][1]["before"] == found["CE"][1]["before"], "one cut, two losses"
+    assert after["width"]["kl"] < found["width"][1]["before"]["kl"]
+    assert once(4) == (known, found) and begun == []
+    assert once(5)[1]["CE"] != found["CE"] and begun == ["width", "CE"]
