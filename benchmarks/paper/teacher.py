@@ -29,7 +29,7 @@ def make(teacher: Teacher, folder: Path, seed: int, data: Path) -> list[str]:
         given = [one for one in filled(teacher.settings, data) if one.startswith(("data.", "eval.", "dtype="))]
         cfg = [*given, *teacher.training, f'model.path="{start}"', f'run.dir="{run}"', f"seed={seed}"]
         train.run(compose("train", cfg))
-        export.run(compose("export", [one for one in cfg if one.startswith(("model.", "run.", "dtype="))]))
+        export.run(compose("export", cfg))
     return [f'model.path="{made}"']
 
 
