@@ -86,3 +86,12 @@ def arms_table(results: Mapping[str, Any]) -> str:
         lines.append([name, f"{figures[0]['params'] / 1e6:.2f} M", mean([one["before"]["loss"] for one in figures]), *cells])
     headings = ["arm", "parameters", "as pruned", "held-out loss", "KL to the teacher", *(cell for text in texts for cell in (f"{text}: loss", "KL"))]
     return markdown(headings, lines)
+
+
+# table in docs/results.md -> (file in docs/results, what is made of it)
+VIEWS = {
+    "paper": ("paper", table),
+    "paper_arms": ("paper", arms_table),
+    "paper_openstax": ("paper_openstax", table),
+    "paper_openstax_arms": ("paper_openstax", arms_table),
+}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks.paper.claims import ARMS, CANDIDATES, CLAIMS, CURVE, TEACHERS, Lower, Settles, needed
 from benchmarks.paper.picture import drawn
-from benchmarks.paper.results import COLUMNS, arms_table, rows, table
+from benchmarks.paper.results import COLUMNS, VIEWS, arms_table, rows, table
 from benchmarks.paper.verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED, Interval, interval, together, verdict
 from minitron.arch.arch import Arch
 from minitron.config.compose import compose
@@ -157,6 +158,23 @@ def test_the_picture_names_what_is_compared(results):
     text = drawn(results)
     assert text == drawn(results), "the same file each time"
     assert all(f">{row['compared'].replace('<', '&lt;')}<" in text for row in results["rows"])
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_tables_of_the_document_are_what_the_files_say(name):
+    file, view = VIEWS[name]
+    results = json.loads((ROOT / "docs" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    found = {arm: {int(seed): one for seed, one in seeds.items()} for arm, seeds in results["arms"].items()}
+    names = [claim for claim in CLAIMS if CLAIMS[claim].words in {row["claim"] for row in results["rows"]}]
+    assert rows(names, found) == results["rows"], "verdicts follow from the arms' figures"
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"<!-- table: {name} -->\n{view(results)}<!-- end -->" in page
+
+
+def test_the_picture_in_the_documents_has_every_comparison():
+    results = json.loads((ROOT / "docs" / "results" / "paper.json").read_text(encoding="utf-8"))
+    picture = (ROOT / "docs" / "claims.svg").read_text(encoding="utf-8")
+    assert [line for line in picture.splitlines() if "<text" in line] == [line for line in drawn(results).splitlines() if "<text" in line]
 
 
 @pytest.mark.slow
