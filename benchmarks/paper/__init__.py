@@ -1,1 +1,1 @@
-"""What benchmarks/claims.py tries: the tables (claims.py), how an arm is run (arms.py), what is made of the figures."""
+"""What the papers claim, tried: the tables (claims.py), how an arm is run (arms.py), what is made of the figures. `python -m benchmarks.paper`."""

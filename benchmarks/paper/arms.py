@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.paper.claims import ARMS, CURVE, Arm
 from minitron import engine
 from minitron.calibration import importance
 from minitron.config.compose import compose
@@ -26,8 +27,6 @@ from minitron.pruning.target import target_arch
 from minitron.session import Session
 from minitron.stages import prune
 from minitron.training import step_batches
-
-from .claims import ARMS, CURVE, Arm
 
 Tensor = torch.Tensor
 BOTH = Distill(cross_entropy=1.0)  # what is measured: KL to the teacher and the loss on the text

@@ -6,10 +6,9 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.paper.claims import MARGIN
+from benchmarks.paper.verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED
 from minitron.reporting.drawing import LIGHT
-
-from .claims import MARGIN
-from .verdicts import CONTRADICTED, REPRODUCED, UNRESOLVED
 
 COLORS = {REPRODUCED: LIGHT["kept"], UNRESOLVED: LIGHT["muted"], CONTRADICTED: LIGHT["cut"]}
 TICKS = (-1, -0.1, -0.01, 0, 0.01, 0.1, 1)

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .claims import CLAIMS, Figures, Settles
-from .verdicts import interval, together, verdict
+from benchmarks.paper.claims import CLAIMS, Figures, Settles
+from benchmarks.paper.verdicts import interval, together, verdict
 
 Found = Mapping[str, Mapping[int, Figures]]  # by arm and seed
 Row = dict[str, Any]

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.paper.claims import Teacher
 from minitron.config.compose import compose
 from minitron.stages import export, train
-
-from .claims import Teacher
 
 
 def filled(settings: Sequence[str], data: Path) -> list[str]:

@@ -1,13 +1,13 @@
 """The papers' claims: what is made of the figures, and that the tables of teachers, arms and claims hold together."""
 
 import dataclasses
-import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+from benchmarks.paper import __main__ as script
 from benchmarks.paper.claims import ARMS, CANDIDATES, CLAIMS, CURVE, TEACHERS, Lower, Settles, needed
 from benchmarks.paper.picture import drawn
 from benchmarks.paper.results import COLUMNS, VIEWS, arms_table, rows, table
@@ -160,15 +160,12 @@ def test_the_picture_names_what_is_compared(results):
     assert all(f">{row['compared'].replace('<', '&lt;')}<" in text for row in results["rows"])
 
 
-@pytest.mark.parametrize("name", VIEWS)
-def test_the_tables_of_the_document_are_what_the_files_say(name):
-    file, view = VIEWS[name]
+@pytest.mark.parametrize("file", sorted({file for file, _ in VIEWS.values()}))
+def test_verdicts_in_the_documents_follow_from_the_figures_of_the_arms(file):
     results = json.loads((ROOT / "docs" / "results" / f"{file}.json").read_text(encoding="utf-8"))
     found = {arm: {int(seed): one for seed, one in seeds.items()} for arm, seeds in results["arms"].items()}
     names = [claim for claim in CLAIMS if CLAIMS[claim].words in {row["claim"] for row in results["rows"]}]
-    assert rows(names, found) == results["rows"], "verdicts follow from the arms' figures"
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert f"<!-- table: {name} -->\n{view(results)}<!-- end -->" in page
+    assert rows(names, found) == results["rows"]
 
 
 def test_the_picture_in_the_documents_has_every_comparison():
@@ -180,8 +177,6 @@ def test_the_picture_in_the_documents_has_every_comparison():
 @pytest.mark.slow
 def test_arms_are_run_once(tmp_path, monkeypatch):
     """Two arms on the real stories260K, a few steps each; the same command again computes none of it, further steps all of it."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("claims")
     if not (data := script.test_data()).is_dir():
         pytest.skip("MINITRON_TEST_DATA names no folder")
     teacher = dataclasses.replace(script.TEACHERS["stories260k"], training=())

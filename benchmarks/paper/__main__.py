@@ -1,6 +1,6 @@
 """The directional claims of the Minitron papers (arXiv 2407.14679, "P1", and 2408.11796, "P2"), tried out at a size that a laptop can afford.
 
-paper/claims.py is the table of what is tried. Every arm is run with every seed; one that was run before with the same settings is not run again, so
+claims.py is the table of what is tried. Every arm is run with every seed; one that was run before with the same settings is not run again, so
 that the same command goes on where it was stopped. Arms of one seed share the order of the text, what is calibrated on, and the held-out text; a
 verdict is made of their differences, seed by seed. Arguments after the options are settings of minitron, for all arms.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import arguments, publish, test_data
-from paper.arms import Remembered, Seed, losses
-from paper.claims import ARMS, CLAIMS, TEACHERS, Teacher, needed
-from paper.picture import drawn
-from paper.results import COLUMNS, Found, rows
-from paper.teacher import filled, make
-
+from benchmarks.common import arguments, publish, test_data
+from benchmarks.paper.arms import Remembered, Seed, losses
+from benchmarks.paper.claims import ARMS, CLAIMS, TEACHERS, Teacher, needed
+from benchmarks.paper.picture import drawn
+from benchmarks.paper.results import COLUMNS, Found, rows
+from benchmarks.paper.teacher import filled, make
 from minitron.config.compose import compose
 from minitron.data.manifest import Manifest
 from minitron.distillation.fused import Scratch
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, metavar="CLAIM", default=list(CLAIMS), help=f"of {', '.join(CLAIMS)} (default: all)")
     parser.add_argument("--teacher", choices=TEACHERS, default="stories260k", help="the model that is compressed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/claims"), help="where the teacher and the arms' figures are kept (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/paper"), help="where the teacher and the arms' figures are kept (%(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="with --json: draw the differences here, as SVG")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_args()
