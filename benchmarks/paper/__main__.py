@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import arguments, publish, test_data
+from benchmarks.common import arguments, origin, publish, test_data
 from benchmarks.paper.arms import Remembered, Seed, losses
 from benchmarks.paper.claims import ARMS, CLAIMS, TEACHERS, Teacher, needed
 from benchmarks.paper.picture import drawn
@@ -23,6 +23,8 @@ from minitron.distillation.signal import LiveTeacher
 from minitron.files import read_object, write_json, write_text
 from minitron.session import Session, session
 
+TITLE = "The papers' claims"
+SHOWN = {name: COLUMNS[name] for name in ("claim", "compared", "difference", "low", "high", "outcome", "verdict")}  # on the console
 FIRST_SEED = 1
 
 
@@ -39,12 +41,11 @@ def main() -> None:
         parser.error("MINITRON_TEST_DATA must name the folder with texts and models")
     teacher, folder = TEACHERS[options.teacher], options.folder.resolve() / options.teacher
     known, found = run(teacher, folder, options.claims, options.seeds, options.overrides)
-    publish(
-        "The papers' claims", COLUMNS, [[row[name] for name in COLUMNS] for row in rows(options.claims, found)], notes(known, found), options.json
-    )
+    made, said = rows(options.claims, found), notes(known, found)
+    publish(TITLE, SHOWN, [[row[name] for name in SHOWN] for row in made], said, None)
     if options.json is not None:
         arms = {arm: {str(number): one for number, one in seeds.items()} for arm, seeds in found.items()}
-        results = read_object(options.json) | {"teacher": known, "arms": arms}
+        results = origin(TITLE) | {"columns": COLUMNS, "rows": made, "notes": said, "teacher": known, "arms": arms}
         write_json(options.json, results)
         if options.picture is not None:
             write_text(options.picture, drawn(results))
