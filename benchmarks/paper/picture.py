@@ -42,7 +42,7 @@ def drawn(results: Mapping[str, Any]) -> str:
         axes.minorticks_off()
         axes.tick_params(length=0, colors=LIGHT["ink"])
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_xlabel("nats by which the second has the higher held-out loss (right of 0: as claimed), 95 % intervals")
+        axes.set_xlabel("difference of held-out losses in nats (right of 0: as claimed), 95 %")
         handles = [Line2D([], [], color=color, marker="o", label=name) for name, color in COLORS.items()]
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
         buffer = io.StringIO()
