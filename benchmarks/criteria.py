@@ -49,7 +49,13 @@ def main() -> None:
         texts = {"valid": "held-out loss", **{f"text_{name}": f"{name} loss" for name in cfg.eval.texts}}
         with session(cfg, "compress") as opened:
             for name, model in models(opened):
-                rows.append((name, model.arch.num_parameters() / 1e6, *(evaluate.score(model, split, name, opened, opened.world)[0]["loss"] for split in texts)))
+                rows.append(
+                    (
+                        name,
+                        model.arch.num_parameters() / 1e6,
+                        *(evaluate.score(model, split, name, opened, opened.world)[0]["loss"] for split in texts),
+                    )
+                )
                 print("  ".join(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in rows[-1]), flush=True)
     columns = {"ranked by": "<", "M parameters": ".1f", **dict.fromkeys(texts.values(), ".3f")}
     notes = [

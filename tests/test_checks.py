@@ -230,9 +230,9 @@ def test_hidden_states_of_a_teacher_at_another_layout_are_refused():
         check(build(Config, apart), "distill")
 
 
-def test_compiled_hooks_without_a_compiler_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
-    with pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):
+def test_compiled_hooks_without_a_compiler_are_refused(tmp_path):
+    gone = torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "none"),)})  # monkeypatch would not put it back
+    with gone, pytest.raises(RequestError, match=r"^calibrate.compile=true: no C\+\+ compiler is found"):
         check(config({"calibrate": {"compile": True}}), "calibrate")
 
 

@@ -73,7 +73,7 @@ def plain(order: Order) -> tuple[Ready, Writer]:
         torch.set_num_threads(order.threads)
     before = None if gpu else resident("VmRSS")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[order.dtype]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(order.folder, dtype=dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(order.folder, dtype=dtype, trust_remote_code=False)
     model.to(order.device).eval()
     model.generation_config = transformers.GenerationConfig()  # none of the folder's own wishes, such as to sample
     weights = sum(parameter.nbytes for parameter in model.parameters())  # of which a tied head is told once

@@ -75,8 +75,8 @@ DENSE = {"num_moe_experts": None, "moe_router_topk": None, "moe_ffn_hidden_size"
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"ep": 3}, r"^parallel.ep=3: must divide the 16 ranks that dp x cp comes to$"),
-        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide the 8 ranks"),
+        ({"ep": 3}, r"^parallel.ep=3: must divide dp x cp = 16$"),
+        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide dp x cp = 8"),
     ],
 )
 def test_expert_ranks_that_do_not_go_are_refused(layout, message):

@@ -86,7 +86,7 @@ def config_is_a_list(folder):
         (index_names_an_absent_file, "model-00001-of-00001.safetensors is missing"),
         (broken_config, "cannot read .*config.json"),
         (config_is_a_list, "config.json: it is not a JSON object"),
-        (lambda folder: change_config(folder, model_type="mamba"), "model_type 'mamba' is not supported; supported: gemma, .*, qwen3; docs"),
+        (lambda folder: change_config(folder, model_type="mamba"), "model_type 'mamba' is not supported; supported: gemma, .*, qwen3_moe; docs"),
         (lambda folder: change_config(folder, num_hidden_layers=5), "tensor model.layers.4.input_layernorm.weight is missing"),
         (lambda folder: change_config(folder, vocab_size=60), r"tensor model.embed_tokens.weight has shape \(61, 48\), config.json says \(60, 48\)"),
     ],
