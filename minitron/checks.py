@@ -31,6 +31,7 @@ from minitron.reporting.tracking import SINKS, absent
 from minitron.search.budget import check_free, find
 from minitron.search.candidates import wanted
 from minitron.search.ladder import trial
+from minitron.search.latency import check_blocks
 from minitron.weights.source import locate, open_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is there where a tokenizer is
@@ -249,6 +250,7 @@ def candidate_archs(cfg: Config, arch: Arch) -> list[Arch]:
 
 def check_candidates(cfg: Config, arch: Arch) -> None:
     """Refuse budgets that nothing meets, and ways of cutting and of ranking layers that are no candidate's, or that calibration will not measure."""
+    check_blocks(arch, cfg)
     shapes, target = candidate_archs(cfg, arch), cfg.target
     if target.merge_heads and all(shape.heads_per_group == arch.heads_per_group for shape in shapes):
         raise refuse("target.merge_heads", True, "no candidate loses query heads of a KV group; false is needed")

@@ -35,7 +35,7 @@ COMPRESSION = ("compress", "calibrate", "search", "prune", "cache", "distill")
 FREE = ("run", "parallel", "eval", "speed", "logging", "device", "spec")
 FREE_NAMES = ("data.workers", "calibrate.micro_batch_size", "train.micro_batch_size", "distill.chunk_tokens", "distill.gradients",
               "train.save_interval", "train.keep_last", "train.keep_every", "train.async_save",
-              "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.offload",
+              "train.eval_interval", "train.eval_tokens", "teacher.parallel.tp", "teacher.parallel.pp", "teacher.parallel.ep", "teacher.offload",
               "teacher.cache.samples_per_file", "train.recompute", "train.overlap_grad_reduce", "train.overlap_param_gather",
               "search.together")  # fmt: skip
 # settings of what a verb makes itself, which a stage of the run reads under the same name: a cache may be made for another run, or mended

@@ -21,3 +21,10 @@ def check_expert_ranks(parallel: Parallel, world_size: int, group: str = "parall
     same = world_size // (parallel.tp * parallel.pp)
     if same % parallel.ep:
         raise refuse(f"{group}.ep", parallel.ep, f"must divide dp x cp = {same}")
+    if not nest(parallel.ep, parallel.cp):
+        raise refuse(f"{group}.ep", parallel.ep, f"must divide parallel.cp={parallel.cp} or be a multiple of it")
+
+
+def nest(ep: int, cp: int) -> bool:
+    """Whether expert ranks lie inside of the context ranks or go round them whole: groups that overlap otherwise would wait for each other."""
+    return ep % cp == 0 or cp % ep == 0

@@ -23,7 +23,7 @@ from minitron.arch.arch import Arch
 from minitron.arch.axes import PARAMETERS, Indices
 from minitron.arch.shards import shard_shape
 from minitron.engine.model import Model, put, rows, skeleton
-from minitron.engine.optimizer_state import Host, give_state, host_copy, states_by_parameter, step_counts_stay, unshare_steps
+from minitron.engine.optimizer_state import Host, give_state, host_copy, share_counts, states_by_parameter, step_counts_stay, unshare_steps
 from minitron.engine.parallel import World, on_main
 from minitron.engine.sharded import Saving, fault_of, load_sharded, save_sharded
 from minitron.engine.verified import whole
@@ -298,6 +298,7 @@ class Checkpoints:
         on_main(trainer.world, lambda: self._settle(step))  # a run that was killed after its last save may not have come to that
         loaded = load_sharded(_whole_state(trainer, None, loading=True), self.path(step))
         fill(trainer.model, loaded["model"])
+        share_counts(loaded["optimizer"])
         trainer.model.unit_order = read_order(self.path(step))
         with step_counts_stay(trainer.optimizer):
             trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -338,7 +339,7 @@ def _whole_state(trainer: "Trainer", kept: Host | None, loading: bool = False) -
 
 def _place(world: World) -> str:
     """A rank's place, by a name that another layout does not have."""
-    return f"{world.rank} of tp={world.tp} cp={world.cp} dp={world.dp} pp={world.pp} vpp={world.vpp} on {world.device.type}"
+    return f"{world.rank} of tp={world.tp} cp={world.cp} ep={world.ep} dp={world.dp} pp={world.pp} vpp={world.vpp} on {world.device.type}"
 
 
 def random_state(world: World) -> dict[str, Any]:

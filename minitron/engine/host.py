@@ -186,6 +186,7 @@ def on_host() -> Iterator[None]:
         put(mappings, "_gather_along_first_dim", _gather_first(mappings._gather_along_first_dim))
         put(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_first(mappings._reduce_scatter_along_first_dim))
         dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+        put(dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", _Stream())  # kept on the class by the first that is made
         put(dispatcher, "all_to_all", _all_to_all(dispatcher.all_to_all))
         host_torch = _torch_with_host_factories()
         for module in map(importlib.import_module, LITERALS):

@@ -13,6 +13,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
+NOBODY: Any = "nobody"  # in the place of a parameter, in the state of an optimizer that has none on this rank
 Host = dict[tuple[Any, ...], torch.Tensor]  # tensors in host memory, by what they are copies of; kept from save to save
 
 
@@ -100,12 +101,37 @@ def torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
 
 
 def give_state(optimizer: Any) -> None:
-    """Megatron reads the step count out of the optimizer's state even to load it, and torch makes that state at the first step."""
-    for inner in torch_optimizers(optimizer):
+    """Megatron reads the step count out of the optimizer's state even to load it, and torch makes that state at the first step.
+
+    An optimizer of experts on a stage that has none, or of a share that holds no element, has no state to read it of: it is given the others' count.
+    """
+    inners = torch_optimizers(optimizer)
+    for inner in inners:
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[parameter].update(step=torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros)
+    counts = [state["step"] for inner in inners if holds_parameters(inner) for state in inner.state.values()]
+    for inner in inners:
+        if not holds_parameters(inner):
+            inner.state[NOBODY] = {"step": counts[0].clone() if counts else torch.zeros(())}
+
+
+def holds_parameters(inner: torch.optim.AdamW) -> bool:
+    """Whether there is anything that it updates on this rank."""
+    return any(group["params"] for group in inner.param_groups)
+
+
+def share_counts(state: dict[Any, Any]) -> None:
+    """Give every group of a loaded optimizer state the count of steps of those that have one.
+
+    Apex and Transformer Engine keep it in the groups. The first rank writes these for all, and has none for experts where its stage has none.
+    """
+    parts = [state] if "optimizer" in state else list(state.values())
+    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
+    counts = [group["step"] for group in groups if "step" in group]
+    for group in groups if counts else ():
+        group.setdefault("step", counts[0])
 
 
 @contextlib.contextmanager
@@ -130,4 +156,4 @@ def unshare_steps(optimizer: Any) -> None:
     """Megatron loads one step tensor for all parameters, and torch's fused kernel would count it up once for each of them."""
     for inner in torch_optimizers(optimizer):
         for parameter, state in inner.state.items():
-            state["step"] = state["step"].to(parameter.device).clone()
+            state["step"] = state["step"].to(parameter.device if isinstance(parameter, torch.Tensor) else "cpu").clone()

@@ -111,8 +111,12 @@ def random_model(arch: Arch, world: World, dtype: torch.dtype, spec: str) -> Mod
 
 
 def run(model: Model, load: Load, world: World, after: Callable[[], None] | None = None) -> None:
-    """One pass, logits included; `after` is called at its end on the last stage."""
-    tokens_BS = torch.zeros(load.batch_size, load.seq_length, dtype=torch.int64)
+    """One pass, logits included; `after` is called at its end on the last stage.
+
+    The tokens are drawn, each replica's by its number: of equal ones a router would send all to the same experts.
+    """
+    drawn = torch.Generator().manual_seed(world.dp_rank)
+    tokens_BS = torch.randint(model.arch.vocab_size, (load.batch_size, load.seq_length), generator=drawn)
 
     def collect(number: int, hidden_SBH: Tensor) -> None:
         weight_vH, _ = live_head(model, world)

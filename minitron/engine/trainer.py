@@ -189,7 +189,8 @@ class Trainer:
         if self.settings.clip_grad > 0:
             with together():
                 for part in self.optimizer.chained_optimizers:
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.settings.clip_grad, total_norm=grad_norm)
+                    if parameters := part.get_parameters():  # a stage without experts has none for the optimizer of experts
+                        clip_grad_by_total_norm_fp32(parameters, max_norm=self.settings.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
 
     def settle(self) -> None:

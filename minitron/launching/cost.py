@@ -158,7 +158,7 @@ def estimate(training: Training, cluster: Cluster, held: list[RankMemory] | None
         "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "ep": layout.ep, "sp": layout.sp,
         "dp": training.replicas(layout),
         "micro_batch_size": cfg.train.micro_batch_size, "microbatches": training.microbatches(layout), "recompute": cfg.train.recompute,
-        "teacher_tp": training.teacher_layout.tp, "teacher_pp": training.teacher_layout.pp,
+        "teacher_tp": training.teacher_layout.tp, "teacher_pp": training.teacher_layout.pp, "teacher_ep": training.teacher_layout.ep,
     }  # fmt: skip
     return Estimate(
         layout=described,

@@ -82,16 +82,19 @@ def refuse_too_large(launch: dict[str, Any] | None, cfg: Config) -> None:
         has = f"{usable / GIB:.1f} GiB of a {cfg.plan.hardware} may be used (plan.reserve={cfg.plan.reserve})"
         layout, whose = run["layout"], f"family.steps.{run['name']}: " if cfg.family.steps else ""
         settings = f"parallel.tp={layout['tp']} parallel.pp={layout['pp']} train.micro_batch_size={layout['micro_batch_size']}"
-        raise RequestError(f"{whose}{settings}: a rank needs {run['peak_bytes'] / GIB:.1f} GiB, and {has}; {way_out(launch['layouts'])}")
+        raise RequestError(
+            f"{whose}{settings}: a rank needs {run['peak_bytes'] / GIB:.1f} GiB, and {has}; {way_out(launch['layouts'], cfg.parallel.ep)}"
+        )
 
 
-def way_out(found: dict[str, Any] | None) -> str:
-    """The settings of the fastest layout that fits, in words."""
+def way_out(found: dict[str, Any] | None, ep: int = 1) -> str:
+    """The settings of the fastest layout that fits, in words. `ep`: the expert ranks of the settings so far."""
     if found is None:
         return "more of parallel.tp or parallel.pp, or train.recompute=full, takes less"
     if not found["fitting"]:
         return "no layout of these machines fits: more of plan.nodes, or teacher.offload=true, is needed"
     layout = found["fitting"][0]["layout"]
-    settings = [f"parallel.{name}={str(layout[name]).lower()}" for name in ("tp", "pp", "vpp", "ep", "sp") if name != "ep" or layout["ep"] > 1]
+    names = ("tp", "pp", "vpp", "ep", "sp") if max(layout["ep"], ep) > 1 else ("tp", "pp", "vpp", "sp")
+    settings = [f"parallel.{name}={str(layout[name]).lower()}" for name in names]
     settings += [f"train.{name}={layout[name]}" for name in ("micro_batch_size", "recompute")]
     return f"{' '.join(settings)} fits"

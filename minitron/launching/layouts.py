@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from minitron.config.layout import check_expert_ranks
+from minitron.config.layout import check_expert_ranks, nest
 from minitron.config.schema import Config
 from minitron.errors import RequestError, refuse
 from minitron.launching.cost import GIB, Cluster, Estimate, estimate
@@ -41,7 +41,7 @@ def divides_the_gpus(training: Training) -> None:
 def goes_together(training: Training) -> None:
     """Virtual stages and sequence parallelism have what they need; hidden states are compared inside one layout."""
     if training.foreign and training.cfg.distill.hidden.enabled:
-        alone = "hidden states can't be compared over layouts: teacher.parallel.tp and teacher.parallel.pp must be null"
+        alone = "hidden states can't be compared over layouts: teacher.parallel.tp, .pp and .ep must be null"
         raise refuse("distill.hidden.enabled", True, alone)
     if training.layout.vpp > 1 and training.layout.pp == 1:
         raise refuse("parallel.vpp", training.layout.vpp, "virtual stages need parallel.pp of at least 2")
@@ -133,11 +133,16 @@ def variants(training: Training) -> Iterator[Config]:
     sizes = sorted({*cfg.plan.micro_batch_sizes, cfg.train.micro_batch_size})
     models = [training.student, *([training.teacher] if training.teacher is not None and cfg.teacher.parallel.ep is None else [])]
     experts = math.gcd(*(model.num_moe_experts or 0 for model in models))
+
+    def expert_ranks(same: int) -> list[int]:
+        """Of so many ranks that hold the same shards of all else."""
+        return [ep for ep in divisors(math.gcd(experts, same)) if nest(ep, cfg.parallel.cp)] if experts else [1]
+
     for tp in divisors(min(world, cfg.plan.gpus_per_node)):
         for pp in divisors(world // (tp * cfg.parallel.cp)):
             for vpp in VIRTUAL if pp > 1 else (1,):
                 for sp in (False, True) if tp > 1 else (False,):
-                    for ep, size in itertools.product(divisors(math.gcd(experts, world // (tp * pp))) if experts else (1,), sizes):
+                    for ep, size in itertools.product(expert_ranks(world // (tp * pp)), sizes):
                         if batch % size == 0:
                             layout = dataclasses.replace(cfg.parallel, tp=tp, pp=pp, vpp=vpp, sp=sp, ep=ep)
                             yield dataclasses.replace(cfg, parallel=layout, train=dataclasses.replace(cfg.train, micro_batch_size=size))

@@ -145,7 +145,7 @@ def communicators(arch: Arch, parallel: Parallel, world_size: int) -> int:
     replicas = world_size // (tp * pp * cp)
     first_and_last = 2 * (pp > 1)  # for a tied embedding, and for one of positions
     # experts' tensor ranks, expert ranks, both together (who tells how many tokens go where), and the replicas of their gradients
-    experts = (tp, ep, tp * ep if parallel.sp else 1, replicas * cp // ep if ep > 1 else 1) if arch.num_moe_experts is not None else ()
+    experts = (tp, ep, tp * ep if parallel.sp else 1, replicas * cp // ep) if arch.num_moe_experts is not None else ()
     return sum(size > 1 for size in (tp, pp, cp, replicas, replicas * cp, tp * pp, *experts)) + first_and_last
 
 

@@ -234,9 +234,8 @@ def replica_traffic(training: Training, stage: int) -> Iterator[Traffic]:
     layout, arch = training.layout, training.student
     shards = shards_of(arch, layout, stage)
     ranks = training.replicas(layout) * layout.cp
-    shared_out = any(kind == "experts" for _, _, kind in shards)
-    # Megatron has an optimizer of their own for experts that ranks share out, and each of the two has all parameters gathered
-    gathers = 2 if shared_out and not training.cfg.train.overlap_param_gather else 1
+    # Megatron has an optimizer of their own for experts, on stages without any, too, and each of the two has all parameters gathered
+    gathers = 2 if arch.num_moe_experts is not None and not training.cfg.train.overlap_param_gather else 1
     for whose, group, of, kinds in (("", "dp", ranks, ("dense", "tied")), ("experts' ", "edp", ranks // layout.ep, ("experts",))):
         mine = [[count for _, count, its in shards if its == kind] for kind in kinds]
         numbers = sum(buffer_numbers(counts, of) for counts in mine if counts)
@@ -254,14 +253,14 @@ def replica_traffic(training: Training, stage: int) -> Iterator[Traffic]:
 
 @functools.cache
 def shards_of(arch: Arch, layout: Parallel, stage: int) -> tuple[tuple[bool, int, str], ...]:
-    """Of every parameter on a stage: whether the tensor ranks have parts of it, the numbers of a rank's, and its kind: "experts" that ranks share
-    out, an embedding that is "tied" to another stage's head, "dense"."""
+    """Of every parameter on a stage: whether the tensor ranks have parts of it, the numbers of a rank's, and its kind: "experts", an
+    embedding that is "tied" to another stage's head, "dense"."""
     tied = "embedding.word_embeddings.weight" if arch.share_embeddings_and_output_weights and layout.pp > 1 else ""
     return tuple(
         (
             row.tp_dim is not None,
             shard_numbers(row, block, layout.tp),
-            "experts" if row.per_expert and layout.ep > 1 else "tied" if row.name == tied else "dense",
+            "experts" if row.per_expert else "tied" if row.name == tied else "dense",
         )
         for row, block, held in stage_parameters(arch, layout, stage)
         for _ in range(held)

@@ -100,8 +100,9 @@ def layout_told(layout: Launch) -> str:
     """A layout in words."""
     sizes = [f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if layout[name] > 1 or name in ("tp", "pp", "dp")]
     more = ["sp"] if layout["sp"] else []
-    if (layout["teacher_tp"], layout["teacher_pp"]) != (layout["tp"], layout["pp"]):
-        more.append(f"teacher tp {layout['teacher_tp']} pp {layout['teacher_pp']}")
+    if any(layout[f"teacher_{name}"] != layout[name] for name in ("tp", "pp", "ep")):
+        ep = f" ep {layout['teacher_ep']}" if max(layout["teacher_ep"], layout["ep"]) > 1 else ""
+        more.append(f"teacher tp {layout['teacher_tp']} pp {layout['teacher_pp']}{ep}")
     batch = f"{layout['microbatches']} x micro-batch {layout['micro_batch_size']}"
     return ", ".join([*sizes, *more, batch, f"recompute {layout['recompute']}"])
 

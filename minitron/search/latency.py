@@ -51,8 +51,16 @@ def block_name(arch: Arch) -> str:
 def setting_of(arch: Arch, cfg: Config) -> dict[str, Any]:
     """What times depend on beside the sizes that a search varies and the machine: the rest of the model, the load, the layout."""
     model = {name: value for name, value in arch.to_dict().items() if name not in (*SIZES, "layers", "max_position_embeddings", "rope")}
-    layout = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "sp")}
+    layout = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "sp")}
     return {"model": model, "dtype": cfg.dtype, "batch_size": cfg.search.batch_size, "seq_length": cfg.search.seq_length, "parallel": layout}
+
+
+def check_blocks(arch: Arch, cfg: Config) -> None:
+    """Refuse a budget of time for a model with two kinds of blocks: one block is measured for all of a model's."""
+    if cfg.search.latency_ms is not None and len(set(arch.moe_layers)) > 1:
+        raise refuse(
+            "search.latency_ms", cfg.search.latency_ms, "blocks with experts and dense ones in one model can't be told apart; null is needed"
+        )
 
 
 def machine_of(world: engine.World, spec: str) -> dict[str, Any]:
@@ -111,8 +119,8 @@ def add(table: Table, arch: Arch, cfg: Config, world: engine.World, spec: str) -
     """Measure what a table lacks of a model. Called by every rank together."""
     load = engine.Load(cfg.search.batch_size, cfg.search.seq_length)
     whole = str(arch.hidden_size) not in table.outside
-    # a large vocabulary is only there where its time is asked for
-    probe = arch if whole else arch.replace(vocab_size=world.tp)
+    # a large vocabulary is only there where its time is asked for, or where routers need different tokens to choose different experts
+    probe = arch if whole or arch.num_moe_experts is not None else arch.replace(vocab_size=world.tp)
     parts = engine.time_parts(probe, load, world, engine.DTYPES[cfg.dtype], spec)
     table.blocks[block_name(arch)] = parts.block
     if whole:
@@ -123,6 +131,7 @@ def known(arch: Arch, cfg: Config) -> Measure | None:
     """Latencies for `find` of what an earlier search measured in run.dir, nothing else; the newest table counts where several machines were used."""
     if cfg.search.latency_ms is None:
         return None
+    check_blocks(arch, cfg)
     setting = setting_of(arch, cfg)
     tables = read_tables(Path(cfg.run.dir)) if cfg.run.dir != MISSING else []
     fitting = [table for table in tables if {name: table.key.get(name) for name in setting} == setting]

@@ -10,6 +10,7 @@ from minitron.distillation.signal import ForeignTeacher, Head, LiveTeacher
 from minitron.distillation.step import distillation_loss
 from minitron.engine.batch import Batch
 from minitron.engine.checkpoint import Checkpoints
+from minitron.engine.optimizer_state import share_counts
 from minitron.engine.parallel import beside
 from minitron.engine.trainer import Trainer
 from minitron.errors import Stopped
@@ -97,6 +98,28 @@ PAIRS = [  # saved at, gone on at
         (Layout(dp=2), Layout(tp=2, dp=2, ep=2)),
     )),
 ]  # fmt: skip
+
+
+def test_groups_that_the_first_rank_has_nothing_in_are_given_the_count_of_steps():
+    dense, empty = {"optimizer": {"param_groups": [{"lr": 1.0, "step": 7}]}}, {"optimizer": {"param_groups": [{"lr": 1.0}]}}
+    share_counts({0: dense, 1: empty})
+    assert empty["optimizer"]["param_groups"] == [{"lr": 1.0, "step": 7}]
+    share_counts(alone := {"optimizer": {"param_groups": [{"lr": 1.0}]}})
+    assert alone["optimizer"]["param_groups"] == [{"lr": 1.0}]
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_a_stage_without_experts_is_saved_and_goes_on(tmp_path):
+    """The first of two stages holds dense blocks alone, so that its optimizer of experts has nothing to update."""
+    folder = save_experts(tmp_path / "student", "qwen2_moe", 2, mlp_only_layers=[0, 1])
+    unbroken = on_ranks(part_of, Layout(), folder, tmp_path / "unbroken", 4)[0]
+    first = on_ranks(part_of, Layout(pp=2), folder, tmp_path / "run", 2)[0]
+    second = on_ranks(part_of, Layout(pp=2), folder, tmp_path / "run", 3)[0]
+    third = on_ranks(part_of, Layout(), folder, tmp_path / "run", 4)[0]  # the counts of steps that the first rank wrote are read for all
+    for line, expected in zip([*first, *second, *third], unbroken, strict=True):
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.multirank

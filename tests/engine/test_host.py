@@ -77,6 +77,15 @@ def test_inside_the_block_cuda_s_names_lead_to_the_cpu():
         assert event.elapsed_time(torch.cuda.Event()) == 0.0
 
 
+def test_what_a_dispatcher_of_tokens_keeps_on_its_class_does_not_stay():
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").MoEAlltoAllTokenDispatcher
+    before = dispatcher.cuda_dtoh_stream
+    with on_host():
+        assert isinstance(dispatcher.cuda_dtoh_stream, torch.cuda.Stream)
+        dispatcher.cuda_dtoh_stream = torch.cuda.Stream()
+    assert dispatcher.cuda_dtoh_stream is before
+
+
 def test_importing_the_engine_starts_no_cuda_and_no_thread():
     code = """
 import threading

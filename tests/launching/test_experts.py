@@ -8,7 +8,9 @@ from rich.console import Console
 
 from minitron.arch.counts import count
 from minitron.config.compose import compose
+from minitron.config.layout import check_expert_ranks
 from minitron.config.planning import Planning
+from minitron.config.schema import Parallel
 from minitron.errors import RequestError
 from minitron.launching.activations import Pass, block_bytes
 from minitron.launching.cost import Cluster, block_flops, estimate, least_seconds
@@ -76,7 +78,7 @@ DENSE = {"num_moe_experts": None, "moe_router_topk": None, "moe_ffn_hidden_size"
     ("layout", "message"),
     [
         ({"ep": 3}, r"^parallel.ep=3: must divide dp x cp = 16$"),
-        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide dp x cp = 8"),
+        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide dp x cp = 8$"),
     ],
 )
 def test_expert_ranks_that_do_not_go_are_refused(layout, message):
@@ -87,6 +89,17 @@ def test_expert_ranks_that_do_not_go_are_refused(layout, message):
     uneven = training("mixtral_8x7b", ep=16)
     with pytest.raises(RequestError, match=r"parallel.ep=16: must divide the student's num_moe_experts=8"):
         check(uneven)
+
+
+def test_expert_ranks_and_context_ranks_that_overlap_are_refused():
+    """Groups that are neither inside of each other nor apart wait for each other in turn."""
+    for cp, ep in [(1, 4), (2, 2), (4, 2), (2, 6), (3, 6), (6, 3), (3, 1)]:
+        check_expert_ranks(Parallel(cp=cp, ep=ep), 24)
+    for cp, ep in [(3, 2), (2, 3), (4, 6), (6, 4)]:
+        with pytest.raises(RequestError, match=rf"^parallel.ep={ep}: must divide parallel.cp={cp} or be a multiple of it$"):
+            check_expert_ranks(Parallel(cp=cp, ep=ep), 24)
+    assert {cfg.parallel.ep for cfg in variants(training(world=24, cp=3)) if (cfg.parallel.tp, cfg.parallel.pp) == (1, 1)} == {1}
+    assert {cfg.parallel.ep for cfg in variants(training(world=16, cp=4)) if (cfg.parallel.tp, cfg.parallel.pp) == (1, 1)} == {1, 2, 4, 8, 16}
 
 
 def test_arithmetic_is_that_of_the_experts_of_a_token():

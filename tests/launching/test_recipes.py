@@ -85,4 +85,5 @@ def test_what_does_not_fit_names_settings_that_do():
     said = "parallel.tp=4 parallel.pp=2 parallel.vpp=1 parallel.sp=true train.micro_batch_size=2 train.recompute=full fits"
     assert way_out({"fitting": [{"layout": layout}]}) == said
     assert "parallel.vpp=1 parallel.ep=8 parallel.sp=true" in way_out({"fitting": [{"layout": {**layout, "ep": 8}}]})
+    assert "parallel.ep=1" in way_out({"fitting": [{"layout": layout}]}, ep=2)  # what must be taken back is told
     assert way_out({"fitting": []}).startswith("no layout of these machines fits")

@@ -54,6 +54,7 @@ CASES = {
     "cp_tp": ("untied", config({"cp": 2, "tp": 2}, recompute="selective")),
     "cp_dp": ("untied", config({"cp": 2}, loss=dataclasses.replace(LOSS, top_k=5, cross_entropy=0.1))),
     "top_k": ("untied", config({"tp": 4}, loss=dataclasses.replace(LOSS, top_k=5, cross_entropy=0.1))),
+    "experts_alike": ("qwen3_moe", config({}, 2)),
     "ep": ("qwen3_moe", config({"ep": 2}, 2)),
     "ep_tp": ("qwen2_moe", config({"ep": 2, "tp": 2}, recompute="selective")),
     "ep_pp_full": ("qwen2_moe", config({"ep": 2, "pp": 2}, recompute="full")),

@@ -63,6 +63,17 @@ def test_each_size_is_measured_once(alone, tmp_path, monkeypatch):
     assert measured(MODEL, config(tmp_path, latency_ms=None), alone, "torch", tmp_path) is None
 
 
+def test_two_kinds_of_blocks_are_not_taken_for_one(alone, tmp_path):
+    routed = MODEL.replace(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=20)
+    mixed = routed.replace(moe_layers=(True, False, True, True))
+    with pytest.raises(RequestError, match=r"^search.latency_ms=5.0: blocks with experts and dense ones in one model can't be told apart"):
+        known(mixed, config(tmp_path))
+    known(routed, config(tmp_path))
+    known(mixed, config(tmp_path, latency_ms=None))
+    shared, whole = (latency.setting_of(routed, config(tmp_path, parallel={"ep": ep})) for ep in (2, 1))
+    assert shared != whole
+
+
 @pytest.mark.parametrize("missing", ["everything", "a size", "the length"])
 def test_what_was_not_measured_is_not_guessed(alone, tmp_path, monkeypatch, missing):
     if missing != "everything":
