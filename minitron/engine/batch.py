@@ -16,7 +16,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     By itself `Tensor.to` copies ordinary memory to a GPU only when everything that was queued there is done, and this process waits as long.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # torch keeps this memory from being used again until the copy is made
+        # whole and dense, as an expanded tensor can't be pinned and one with gaps is copied over memory that is not;
+        # torch keeps this memory from being used again until the copy is made
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -9,6 +9,7 @@ import pytest
 from minitron.cli import main
 from minitron.config.compose import compose
 from minitron.config.verbs import VERBS
+from minitron.stages import submit
 from tests.docs.blocks import blocks, commands
 from tests.stages.commands import minitron
 
@@ -89,7 +90,9 @@ def asked(folder):
 def test_plans_and_scripts_are_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    found = [[word.replace(",mine", "") for word in words[1:]] for words in asked(tmp_path)]  # a recipe of one's own
+    monkeypatch.setattr(submit, "look_at_cluster", lambda jobs, dry: None)  # a cluster that there is has other partitions
+    # a recipe of one's own, and a folder that all nodes see
+    found = [[word.replace(",mine", "").replace("run.dir=/shared/", f"run.dir={tmp_path}/") for word in words[1:]] for words in asked(tmp_path)]
     assert {words[0] for words in found} == {"plan", "submit"}
     for words in found:
         code = main([*words, *(["--dry-run", "slurm.check=false"] if words[0] == "submit" else [])])

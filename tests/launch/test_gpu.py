@@ -19,7 +19,7 @@ SPEC.loader.exec_module(gpu)
 PROGRAMS = {
     "good": gpu.Part("-c 'import json, sys; json.dump(dict(rows=[1]), open(sys.argv[1], \"w\"))' {out}", "", 1),
     "bad": gpu.Part("-c 'raise SystemExit(\"nothing goes\")'", "", 1),
-    "slow": gpu.Part("-c 'import time; print(\"begun\", flush=True); time.sleep(60)'", "", 0.01),
+    "slow": gpu.Part("-c 'import time; print(\"begun\", flush=True); time.sleep(60)'", "", 0.1),
     "silent": gpu.Part("-c pass {out}", "", 1),
     "greedy": gpu.Part("-c pass {model} {text}", "", 1),
     "last": gpu.Part("-c 'import json, sys; json.dump(dict(rows=[2]), open(sys.argv[1], \"w\"))' {out}", "", 1),
@@ -49,7 +49,7 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(programs, tmp_p
     }  # fmt: skip
     assert parts["good"]["result"] == {"rows": [1]} and parts["last"]["result"] == {"rows": [2]}
     assert parts["bad"]["why"] == "it ended with 1" and parts["bad"]["tail"] == ["nothing goes"]
-    assert parts["slow"]["why"] == "not done after 0.01 minutes" and parts["slow"]["tail"] == ["begun"]
+    assert parts["slow"]["why"] == "not done after 0.1 minutes" and parts["slow"]["tail"] == ["begun"]
     assert "can't be read" in parts["silent"]["why"]
     assert parts["greedy"]["why"] == "needs --model and --text"
     assert capsys.readouterr().out.splitlines()[-1] == f"failed: bad, slow, silent; see {tmp_path / 'out' / 'log.txt'}"
