@@ -229,7 +229,8 @@ def run(name: str, part: Part, options: argparse.Namespace, given: dict[str, str
     found["seconds"] = round(time.monotonic() - began, 1)
     wrong = None if code == 0 else f"not done after {part.minutes:g} minutes" if code is None else f"it ended with {code}"
     try:
-        found["result"] = COLLECT[part.collect](out, work, options.out)
+        if wrong is None or out.is_file():  # what a part that failed has in its folder may be of an earlier run
+            found["result"] = COLLECT[part.collect](out, work, options.out)
     except (OSError, ValueError, KeyError, xml.etree.ElementTree.ParseError) as error:
         wrong = wrong or f"what it left can't be read: {type(error).__name__}: {error}"
     if wrong is None:
@@ -311,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.out / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"parts": {}}
     results["machine"] = {**machine(environment), "device": options.device, "tiny": options.tiny}
+    wrong = []
     for name in options.only:
         part, why = PARTS[name], None
         if lacking := [one for one in part.needs() if one not in given]:
@@ -318,11 +320,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.minutes is not None and time.monotonic() - began + 60 * part.minutes > 60 * options.minutes:
             why = f"might take {part.minutes:g} minutes, which are not left of --minutes"
         found = {"status": LEFT_OUT, "why": why} if why else run(name, part, options, given, environment)
-        results["parts"][name] = found
+        if found["status"] in (FAILED, TOO_LONG):
+            wrong.append(name)
+        if found["status"] != LEFT_OUT or results["parts"].get(name, found)["status"] == LEFT_OUT:  # what an earlier run found stays
+            results["parts"][name] = found
         print(f"{name}: {found['status']}" + (f" ({found['why']})" if "why" in found else f" in {found['seconds']:.0f} s"), flush=True)
         if not options.dry_run:  # after each: what is there stays, whatever happens to the next
-            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    wrong = [name for name in options.only if results["parts"][name]["status"] in (FAILED, TOO_LONG)]
+            temporary = file.with_name(f".{file.name}.partial")
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, file)
     print(f"failed: {', '.join(wrong)}; see {options.out / 'log.txt'}" if wrong else "nothing failed")
     return 1 if wrong else 0
 

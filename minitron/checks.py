@@ -74,6 +74,11 @@ def asks(cfg: Config, verb: str) -> bool:
     return verb in ("calibrate", "compress") or again
 
 
+def measures_speed(cfg: Config, verb: str) -> bool:
+    """Whether the verb measures how fast the export generates."""
+    return verb == "speed" or ("speed" in VERBS[verb].groups and cfg.speed.enabled)
+
+
 def check(cfg: Config, verb: str, to_come: bool = False, arch: Arch | None = None) -> None:
     """Everything about a request that can be told without processes: lengths and amounts, paths, texts, packages.
 
@@ -224,8 +229,8 @@ def check_model(cfg: Config, verb: str, arch: Arch) -> None:
     elif "calibrate" in groups or verb == "train":
         check_layout(arch, cfg.parallel, "the model's")
     check_positions(arch, readings(cfg, verb), "the model")
-    if verb == "speed" or ("speed" in groups and cfg.speed.enabled):
-        check_speed(cfg.speed, arch)
+    if measures_speed(cfg, verb):
+        check_speed(cfg.speed, arch, cfg.device)
     if loads_teacher(cfg, verb) and cfg.teacher.path is None:
         check_teacher_layout(cfg, arch, "the model's")
     if verb == "cache" and cfg.teacher.cache.top_k >= arch.vocab_size:

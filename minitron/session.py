@@ -24,6 +24,7 @@ from minitron.checks import (
     check_texts,
     check_tokenizers,
     loads_teacher,
+    measures_speed,
     remarks,
     searches,
     training_remarks,
@@ -34,6 +35,7 @@ from minitron.config.verbs import VERBS
 from minitron.data.manifest import Manifest
 from minitron.distillation.cache import Description, settled
 from minitron.errors import RequestError, Stopped, refuse, say_once
+from minitron.evaluation.speed import engines
 from minitron.evaluation.tasks import Tasks
 from minitron.evaluation.tasks import load as load_tasks
 from minitron.files import read_object, sha256, write_json, write_text
@@ -329,7 +331,12 @@ def session(cfg: Config, verb: str) -> Iterator[Session]:
         if here.is_main and ready is not None:
             say(str(ready))
 
+        if measures_speed(cfg, verb):
+            engines(cfg.speed, here.device.type)  # device=auto may have found no GPU for vLLM
+
         def take() -> None:
+            if verb == "speed":
+                need(opened.folder / "hf" / "config.json", "export")  # before a model is converted or fetched
             own(opened.folder)
             held.enter_context(locked(opened.folder))
             claim(opened.folder, cfg, verb)

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,11 @@ from typing import IO, Any, NamedTuple
 
 from minitron.arch.arch import Arch
 from minitron.config.speed import Speed
-from minitron.errors import RequestError, refuse
+from minitron.errors import RequestError, refuse, say_once
 from minitron.evaluation.generating import Load, Order, Ready, Turn
 
 PLAIN, VLLM = "transformers", "vllm"
+PATIENCE = 10.0  # seconds that a process may take to end by itself
 # what torchrun tells its processes: a model that is measured is in no group of them
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -32,8 +34,8 @@ class Place(NamedTuple):
     dtype: str
 
 
-def check_speed(settings: Speed, arch: Arch) -> None:
-    """Refuse sequences with more positions than the model has learned, and vLLM where it is not."""
+def check_speed(settings: Speed, arch: Arch, device: str) -> None:
+    """Refuse sequences with more positions than the model has learned, and vLLM where it is not. `device`: as the setting has it."""
     longest = max(settings.prompt_lengths, default=0) + settings.new_tokens
     for name in ("batch_sizes", "prompt_lengths"):
         if not getattr(settings, name):
@@ -43,10 +45,11 @@ def check_speed(settings: Speed, arch: Arch) -> None:
         raise refuse("speed.prompt_lengths", settings.prompt_lengths, allowed)
     if settings.vllm and importlib.util.find_spec(VLLM) is None:
         raise refuse("speed.vllm", True, "the package vllm is not installed; null or false is needed")
+    engines(settings, device)
 
 
 def engines(settings: Speed, device: str) -> list[str]:
-    """What models are measured with on this device."""
+    """What models are measured with on this device. Raises RequestError where vLLM is asked for without a GPU."""
     if settings.vllm and device == "cpu":
         raise refuse("speed.vllm", True, "a GPU is needed with it")
     there = settings.vllm is not False and device != "cpu" and importlib.util.find_spec(VLLM) is not None
@@ -64,32 +67,57 @@ def turns(settings: Speed, device: str) -> int:
     return len(engines(settings, device)) * len(loads(settings)) * (1 + settings.repeats)
 
 
-def measure(models: Mapping[str, Path], settings: Speed, place: Place, advance: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """What speed.json holds, of folders by the names of the models; `advance` is called after each generation.
+def measure(
+    models: Mapping[str, Path],
+    settings: Speed,
+    place: Place,
+    advance: Callable[[], object] = lambda: None,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """What speed.json holds, of folders by the names of the models; `advance` is called after each generation, `keep` with what there is whenever
+    an engine is through.
 
-    Raises RequestError where a model can't be loaded or does not get through, as where memory is short.
+    Raises RequestError where a model can't be loaded or does not get through, as where memory is short; with vLLM, where it was not asked for, that
+    is said in a line and it is left out.
     """
     found: dict[str, Any] = {"device": place.name, "dtype": place.dtype, "repeats": settings.repeats, "threads": None, "software": {}, "engines": {}}
     for engine in engines(settings, place.device):
-        longest = max(settings.prompt_lengths) + settings.new_tokens
-        with contextlib.ExitStack() as held:
-            sides = {
-                name: held.enter_context(side(name, Order(engine, str(folder), place.device, place.dtype, settings.threads, longest)))
-                for name, folder in models.items()
-            }
-            ready = {name: Ready(**one.answer()) for name, one in sides.items()}
-            entries: dict[str, dict[str, Any]] = {
-                name: {"weights_bytes": one.weights, "before_bytes": one.before, "loads": []} for name, one in ready.items()
-            }
-            for load in loads(settings):
-                done = alternate(sides, load, settings.repeats, advance)
-                for name, entry in entries.items():
-                    entry["loads"].append(told(load, done[name]))
-        first = next(iter(ready.values()))
+        # vLLM takes its memory beforehand, so that two models at a time would have half of it each
+        together = [models] if engine == PLAIN else [{name: folder} for name, folder in models.items()]
+        try:
+            parts = [measured(engine, some, settings, place, advance) for some in together]
+        except RequestError as error:
+            if engine == PLAIN or settings.vllm:
+                raise
+            say_once(f"{engine} is left out: {error}; speed.vllm=false does not try it")
+            continue
+        first = parts[0][0]
         found["software"] |= first.software
         found["threads"] = found["threads"] or first.threads
-        found["engines"][engine] = entries
+        found["engines"][engine] = {name: entry for _, entries in parts for name, entry in entries.items()}
+        keep(found)
     return found
+
+
+def measured(
+    engine: str, models: Mapping[str, Path], settings: Speed, place: Place, advance: Callable[[], object]
+) -> tuple[Ready, dict[str, dict[str, Any]]]:
+    """Models that are loaded at the same time and take turns: what the first of them said when it was ready, and the entry of each."""
+    longest = max(settings.prompt_lengths) + settings.new_tokens
+    with contextlib.ExitStack() as held:
+        sides = {
+            name: held.enter_context(side(name, Order(engine, str(folder), place.device, place.dtype, settings.threads, longest)))
+            for name, folder in models.items()
+        }
+        ready = {name: Ready(**one.answer()) for name, one in sides.items()}
+        entries: dict[str, dict[str, Any]] = {
+            name: {"weights_bytes": one.weights, "before_bytes": one.before, "loads": []} for name, one in ready.items()
+        }
+        for load in loads(settings):
+            done = alternate(sides, load, settings.repeats, advance)
+            for name, entry in entries.items():
+                entry["loads"].append(told(load, done[name]))
+    return next(iter(ready.values())), entries
 
 
 def alternate(sides: Mapping[str, Side], load: Load, repeats: int, advance: Callable[[], object]) -> dict[str, list[Turn]]:
@@ -154,12 +182,28 @@ def side(name: str, order: Order) -> Iterator[Side]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "minitron.evaluation.generating"], env=environment, text=True, stderr=said,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:
             found = Side(name, process, said)
             found.send(order)
             yield found
         finally:
-            process.kill()
-            process.communicate()
+            end(process)
+
+
+def end(process: subprocess.Popen[str], patience: float = PATIENCE) -> None:
+    """Let a process end, as it does when nothing is asked any more, and after `patience` seconds end it and what it started, which may hold a GPU's
+    memory."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(OSError):  # what was asked last may not have been read
+        process.stdin.close()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()  # which an orphan may hold open: it is not read to its end

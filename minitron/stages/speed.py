@@ -38,8 +38,7 @@ def work(opened: Session) -> None:
         settings, place = opened.cfg.speed, Place(str(world.device), engine.gpu_name(world.device) if gpu else cpu_model(), opened.cfg.dtype)
         total = len(models) * turns(settings, place.device)
         with progress("generate", total, opened.cfg.logging.progress) as advance:
-            found = measure(models, settings, place, advance)
-        write_json(opened.folder / SPEED, found)
+            found = measure(models, settings, place, advance, lambda found: write_json(opened.folder / SPEED, found))
         write_card(student / CARD, found)
         show_speed(found)
 

@@ -1,9 +1,12 @@
 """How fast models generate: what a process is asked and answers, how turns go round, and that every family can be measured."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,15 +58,18 @@ def test_what_can_not_be_measured_is_refused(tmp_path, monkeypatch):
     (folder,) = save_samples(tmp_path, wanted=[f"gpt2.{next(iter(SAMPLES['gpt2']))}"]).values()
     learned = open_folder(folder, "model.path").arch
     most = learned.max_position_embeddings
-    check_speed(Speed(prompt_lengths=[most - 2], new_tokens=2), learned)
+    check_speed(Speed(prompt_lengths=[most - 2], new_tokens=2), learned, "cuda")
     with pytest.raises(RequestError, match=rf"speed.prompt_lengths=\[{most - 1}\]: .* at most the model's {most} learned positions"):
-        check_speed(Speed(prompt_lengths=[most - 1], new_tokens=2), learned)
-    check_speed(Speed(prompt_lengths=[most], new_tokens=2), learned.replace(position_offset=None))
+        check_speed(Speed(prompt_lengths=[most - 1], new_tokens=2), learned, "cuda")
+    check_speed(Speed(prompt_lengths=[most], new_tokens=2), learned.replace(position_offset=None), "cuda")
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(RequestError, match=r"speed.vllm=true: a GPU is needed"):
+        check_speed(Speed(prompt_lengths=[8], vllm=True), learned, "cpu")
     with pytest.raises(RequestError, match=r"speed.batch_sizes=\[\]"):
-        check_speed(Speed(batch_sizes=[]), learned)
+        check_speed(Speed(batch_sizes=[]), learned, "cuda")
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"speed.vllm=true: the package vllm is not installed"):
-        check_speed(Speed(prompt_lengths=[8], vllm=True), learned)
+        check_speed(Speed(prompt_lengths=[8], vllm=True), learned, "cuda")
 
 
 def test_vllm_is_measured_where_it_can_be(monkeypatch):
@@ -130,6 +136,7 @@ def test_a_process_answers_line_by_line_and_says_why_it_can_not(tmp_path, monkey
         "print('noise', file=sys.stderr, flush=True)\n"
         "for line in sys.stdin:\n"
         "    if order['folder'] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if order['folder'] == 'no ' + order['engine']: raise RuntimeError('no vllm')\n"
         "    if order['folder'] == 'broken': raise MemoryError('too large')\n"
         "    print(json.dumps({'first': 0.5, 'others': 1.5, 'peak': json.loads(line)['batch_size']}), flush=True)\n"
     )
@@ -141,9 +148,32 @@ def test_a_process_answers_line_by_line_and_says_why_it_can_not(tmp_path, monkey
     assert found["engines"]["transformers"]["teacher"]["loads"][0] == {
         "batch_size": 1, "prompt_length": 4, "new_tokens": 2, "first_seconds": [0.5, 0.5], "other_seconds": [1.5, 1.5], "peak_bytes": 1,
     }  # fmt: skip
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name)
+    on_gpu, kept, said = place._replace(device="cuda:0"), [], []
+    monkeypatch.setattr(speed, "say_once", said.append)
+    both = measure({"teacher": Path("a"), "student": Path("b")}, replace(settings, vllm=None), on_gpu)
+    assert [[*sides] for sides in both["engines"].values()] == [["teacher", "student"]] * 2 and not said
+    folders = {"teacher": Path("a"), "student": Path("no vllm")}
+    assert [*measure(folders, replace(settings, vllm=None), on_gpu)["engines"]] == ["transformers"]
+    (line,) = said
+    assert line.startswith("vllm is left out: the speed of the student could not be measured: RuntimeError: no vllm")
+    with pytest.raises(RequestError, match="no vllm"):
+        measure(folders, replace(settings, vllm=True), on_gpu, keep=lambda found: kept.append([*found["engines"]]))
+    assert kept == [["transformers"]]
     for folder, why in (("killed", "killed by signal 9, as where memory is short"), ("broken", "MemoryError: too large")):
         with pytest.raises(RequestError, match=rf"^the speed of the student could not be measured: {why}$"):
             measure({"teacher": Path("a"), "student": Path(folder)}, settings, place)
+
+
+def test_a_process_that_stays_is_ended_with_what_it_started():
+    """One that neither ends when nothing is asked any more nor lets go of its output, with a child that has it too."""
+    program = "import subprocess, sys, time\nother = subprocess.Popen(['sleep', '600'])\nprint(other.pid, flush=True)\ntime.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    child = int(process.stdout.readline())
+    speed.end(process, patience=0.2)
+    assert process.returncode == -9 and process.stdin.closed and process.stdout.closed
+    while Path(f"/proc/{child}").exists() and ") Z " not in Path(f"/proc/{child}/stat").read_text():
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -161,6 +191,8 @@ def test_a_real_process_holds_the_model_alone(tmp_path):
 
 
 def test_the_most_memory_is_counted_from_anew():
+    if generating.resident("VmHWM") is None or not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this kernel does not count the most memory from anew")
     held = torch.zeros(2**26, dtype=torch.uint8) + 1
     most = generating.resident("VmHWM")
     del held

@@ -62,7 +62,20 @@ def test_a_later_run_adds_to_what_is_there(programs):
     status, parts = programs("--only", "last")
     assert status == 0 and sorted(parts) == ["good", "last"]
     status, parts = programs("--only", "good", "--minutes", "0.5")
-    assert status == 0 and parts["good"] == {"status": "left out", "why": "might take 1 minutes, which are not left of --minutes"}
+    assert status == 0 and parts["good"]["status"] == "done" and parts["good"]["result"] == {"rows": [1]}
+    status, parts = programs("--only", "greedy", "--minutes", "0.5")
+    assert status == 0 and parts["greedy"]["status"] == "left out"
+
+
+def test_a_part_that_fails_tells_nothing_of_an_earlier_run(programs, monkeypatch, tmp_path):
+    again = gpu.Part("-c 'raise SystemExit(3)'", "", 1, "compression")
+    monkeypatch.setattr(gpu, "PARTS", {"again": again})
+    (tmp_path / "work" / "again").mkdir(parents=True)
+    losses = {name: {"loss": 1.0} for name in ("teacher", "pruned", "student")}
+    for name, text in (("metrics.jsonl", ""), ("report.html", "old"), ("eval.json", json.dumps(losses))):
+        (tmp_path / "work" / "again" / name).write_text(text)
+    status, parts = programs("--only", "again")
+    assert status == 1 and "result" not in parts["again"] and not (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_dry_run_runs_nothing(programs, capsys):
