@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, origin
 from benchmarks.views import RESULTS, VIEWS, plain
 from minitron.files import write_json
 
@@ -30,9 +30,9 @@ Columns = dict[str, str]  # heading -> format
 
 
 def made(title: str, command: str, columns: Columns, rows: Sequence[Sequence[Any]], **more: Any) -> dict[str, Any]:
-    """Figures in the form that `publish` writes, but for the machine, which a run's folder does not tell."""
+    """Figures in the form that `publish` writes, of today; what was measured was so on this machine."""
     entries = [dict(zip(columns, row, strict=True)) for row in rows]
-    return {"title": title, "command": command, **more, "columns": columns, "rows": entries, "notes": []}
+    return {**origin(title), "command": command, **more, "columns": columns, "rows": entries, "notes": []}
 
 
 def of_run(folder: Path, command: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def main() -> None:
         "--keep",
         nargs=4,
         metavar=("WHAT", "FOLDER", "NAME", "COMMAND"),
-        help=f"first write NAME.json from the run in FOLDER, which COMMAND made; WHAT: {', '.join(KEPT)}",
+        help=f"first write NAME.json from the run in FOLDER, which COMMAND made on this machine; WHAT: {', '.join(KEPT)}",
     )
     options = parser.parse_args()
     if options.keep:

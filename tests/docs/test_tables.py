@@ -87,7 +87,9 @@ def test_what_a_run_came_to_is_kept(tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(models), encoding="utf-8")
     lines = [{"step": 1, "tokens": 8, "loss": 1.5}, {"step": 2, "tokens": 16, "loss": 1.0, "valid_loss": 3.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    rows = tables.of_run(tmp_path, "make demo")["rows"]
+    found = tables.of_run(tmp_path, "make demo")
+    assert found["command"] == "make demo" and {"title", "date", "machine"} <= set(found)
+    rows = found["rows"]
     assert [(row["text"], row["model"], row["gap closed"]) for row in rows] == [
         ("held-out", "teacher", None),
         ("held-out", "pruned", None),

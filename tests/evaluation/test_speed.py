@@ -103,7 +103,8 @@ def test_an_end_of_text_token_does_not_end_a_measurement(tmp_path):
 
 
 def test_vllm_is_asked_for_the_same_tokens(tmp_path, monkeypatch):
-    folder, asked = save_model(tmp_path / "model"), []
+    folder, asked, clock, slow = save_model(tmp_path / "model"), [], [0.0], []
+    monkeypatch.setattr(generating, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class LLM:
         def __init__(self, **settings):
@@ -112,6 +113,7 @@ def test_vllm_is_asked_for_the_same_tokens(tmp_path, monkeypatch):
 
         def generate(self, prompts, settings, use_tqdm):
             asked.append((prompts, settings.__dict__))
+            clock[0] += slow.pop() if slow else settings.max_tokens
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[0] * settings.max_tokens)]) for _ in prompts]
 
     fake = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace, __version__="0.1", __spec__=None)
@@ -124,6 +126,12 @@ def test_vllm_is_asked_for_the_same_tokens(tmp_path, monkeypatch):
     (prompts, _), (again, _) = asked
     assert prompts == again and [len(prompt["prompt_token_ids"]) for prompt in prompts] == [5, 5]
     assert all(0 <= token < 61 for prompt in prompts for token in prompt["prompt_token_ids"])
+    assert (turn.first, turn.others) == (1, 3)
+    slow[:] = [4, 9]  # taken from the end: the one token took longer than all
+    assert write(LOAD) == turn and len(asked) == 6
+    slow[:] = [4, 9] * generating.TRIES
+    with pytest.raises(RuntimeError, match="4 tokens took no longer than one, 3 times"):
+        write(LOAD)
 
 
 def test_a_process_answers_line_by_line_and_says_why_it_can_not(tmp_path, monkeypatch):
