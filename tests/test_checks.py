@@ -191,7 +191,7 @@ def test_learned_positions_of_either_model_must_be_enough():
     [
         ({"tp": 4, "pp": 2}, "teacher.parallel.tp=4: the teacher's tp x pp x parallel.cp = 8 must divide the number of processes, 4"),
         ({"pp": 3}, "teacher.parallel.pp=3: the teacher's tp x pp x parallel.cp = 6 must divide the number of processes, 4"),
-        ({"ep": 2}, "teacher.parallel.ep=2: must divide dp x cp = 1"),
+        ({"ep": 2}, "teacher.parallel.ep=2: must divide dp x cp = 1, the processes over tp x pp"),
     ],
 )
 def test_a_teacher_that_does_not_go_round_the_processes(own, said, monkeypatch):

@@ -20,7 +20,7 @@ def check_expert_ranks(parallel: Parallel, world_size: int, group: str = "parall
     """Refuse expert ranks that the ranks which hold the same shards of all else can't be divided into; `group` is where the layout's settings are."""
     same = world_size // (parallel.tp * parallel.pp)
     if same % parallel.ep:
-        raise refuse(f"{group}.ep", parallel.ep, f"must divide dp x cp = {same}")
+        raise refuse(f"{group}.ep", parallel.ep, f"must divide dp x cp = {same}, the processes over tp x pp")
     if not nest(parallel.ep, parallel.cp):
         raise refuse(f"{group}.ep", parallel.ep, f"must divide parallel.cp={parallel.cp} or be a multiple of it")
 

@@ -109,7 +109,7 @@ def told(found: Found) -> str:
     software = ", ".join(f"{name} {version}" for name, version in found["software"].items())
     turns = counted(found["repeats"], "turn")
     return (
-        f"{found['dtype']} on {found['device']}{threads}; {software}. Medians of {turns} of each model, which took turns in "
+        f"{found['dtype']} on {found['device']}{threads}; {software}. Medians of {turns} of each model in "
         "processes of their own, with the least and the greatest; greedy, with a key/value cache. B x P + N: B sequences of P tokens, continued by N"
     )
 

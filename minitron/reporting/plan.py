@@ -35,8 +35,9 @@ def show_plan(plan: Plan, asked: Collection[str] = (), *, console: Console | Non
     tables = {count: _models(plan, order[:count], asked) for count in range(len(order) + 1)}
     shown = fitting(tables.values(), console)
     console.print(shown)
-    if plan.arch.num_moe_experts is not None:
-        console.print(Text(experts_told(plan.arch)))
+    for name, shape in {plan.original.name: plan.arch, **plan.shapes}.items():
+        if shape.num_moe_experts is not None:
+            console.print(Text(f"{name}: {experts_told(shape)}"))
     if left_out := order[: next(count for count, table in tables.items() if table is shown)]:
         console.print(Text(f"a wider terminal also shows {', '.join(left_out)}", style="dim"))
     if plan.grid is not None:

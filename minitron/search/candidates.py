@@ -106,7 +106,8 @@ def wanted(cfg: Config) -> Target:
 class Plan:
     """The content of plan.json: the model, and what the settings make of it: the target or, largest first, the candidates of a search. `grid`: points
     that the search looked at (None where there is no budget), `fell`: how many of them are no candidates, by reason in words. `launch`: what
-    training them takes, as launching/ tells it in plain JSON form (None where nothing is trained)."""
+    training them takes, as launching/ tells it in plain JSON form (None where nothing is trained). `shapes`: all sizes of the models that settings
+    give, by their names."""
 
     arch: Arch
     original: Candidate
@@ -114,6 +115,7 @@ class Plan:
     grid: int | None = None
     fell: dict[str, int] = dataclasses.field(default_factory=dict)
     launch: dict[str, Any] | None = None
+    shapes: dict[str, Arch] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write run.dir/plan.json."""

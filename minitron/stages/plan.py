@@ -69,7 +69,7 @@ def planned(arch: Arch, cfg: Config) -> Plan:
     if cfg.family.steps:
         steps = list(chain(arch, cfg))
         models = [counted(step.name, step.student, step.cfg) for step in steps]
-        return Plan(arch, original, models, launch=launched(steps, cfg))
+        return Plan(arch, original, models, launch=launched(steps, cfg), shapes={step.name: step.student for step in steps})
     check_budget(cfg)
     if cfg.search.budgets:
         if cfg.plan.nodes is not None:
@@ -83,7 +83,7 @@ def planned(arch: Arch, cfg: Config) -> Plan:
     if cfg.target.sizes:
         check_smaller(arch, pruned, cfg.target)
         distilled = Trained("target", pruned, teacher_of(cfg, arch), cfg)
-        return Plan(arch, original, [counted("target", pruned, cfg)], launch=launched([distilled], cfg))
+        return Plan(arch, original, [counted("target", pruned, cfg)], launch=launched([distilled], cfg), shapes={"target": pruned})
     # of a model by itself, what minitron train takes, where machines are named for it
     return Plan(arch, original, [], launch=launched([Trained("original", arch, None, cfg)], cfg) if cfg.plan.nodes is not None else None)
 

@@ -44,7 +44,9 @@ def test_published_models_have_the_published_counts(model):
         show_plan(plan, console=console)
     assert (
         "active" in capture.get()
-        and "experts of " in capture.get()
+        and all(
+            f"{name}: {plan.arch.num_moe_experts:,} experts of {plan.arch.moe_ffn_hidden_size:,}" in capture.get() for name in ("original", "target")
+        )
         and "8 expert ranks" in capture.get()
         and "MLP" not in capture.get().split("on 64 x H100")[0]
     )
@@ -77,8 +79,8 @@ DENSE = {"num_moe_experts": None, "moe_router_topk": None, "moe_ffn_hidden_size"
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"ep": 3}, r"^parallel.ep=3: must divide dp x cp = 16$"),
-        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide dp x cp = 8$"),
+        ({"ep": 3}, r"^parallel.ep=3: must divide dp x cp = 16, the processes over tp x pp$"),
+        ({"ep": 16, "tp": 2}, r"^parallel.ep=16: must divide dp x cp = 8, the processes over tp x pp$"),
     ],
 )
 def test_expert_ranks_that_do_not_go_are_refused(layout, message):

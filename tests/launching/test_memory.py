@@ -179,7 +179,7 @@ def test_expert_ranks_hold_their_experts_and_share_their_optimizer_with_fewer():
     assert one["student"] - four["student"] == experts * 3 / 4
     assert four["optimizer"] == one["optimizer"]  # of four times as few numbers, shared by four times as few ranks
     assert four["activations"] == one["activations"]
-    with pytest.raises(RequestError, match=r"parallel.ep=3: must divide dp x cp = 8"):
+    with pytest.raises(RequestError, match=r"parallel.ep=3: must divide dp x cp = 8, the processes over tp x pp"):
         of("parallel.ep=3")
 
 
