@@ -27,7 +27,7 @@ OURS = {"steps": 6, "global_batch_size": BATCH, "seq_length": LENGTH, "lr": 3e-3
 # (the student's layout, the teacher's (tp, ep), sequences of a microbatch)
 RUNS = [
     (Layout(dp=2, ep=2), (1, 2), 2),
-    *(pytest.param(*run, marks=pytest.mark.slow) for run in (
+    *(pytest.param(*run, marks=pytest.mark.long) for run in (
         (Layout(), (1, 1), 4),
         (Layout(tp=2), (2, 1), 4),
         (Layout(tp=2, dp=2, ep=2, sp=True), (2, 2), 2),
@@ -91,7 +91,7 @@ def part_of(world, folder, out, stop_after):
 
 PAIRS = [  # saved at, gone on at
     (Layout(dp=2, ep=2), Layout()),
-    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+    *(pytest.param(*pair, marks=pytest.mark.long) for pair in (
         (Layout(), Layout(dp=2, ep=2)),
         (Layout(tp=2, dp=2, ep=2, sp=True), Layout(pp=2)),
         (Layout(pp=2, dp=2, ep=2), Layout(tp=2)),

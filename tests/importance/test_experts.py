@@ -64,7 +64,7 @@ def expected(folders):
     "layout",
     [
         Layout(dp=2, ep=2),
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        *(pytest.param(layout, marks=pytest.mark.long) for layout in (
             Layout(tp=2), Layout(tp=2, dp=2, ep=2), Layout(tp=2, dp=2, ep=2, sp=True), Layout(pp=2, dp=2, ep=2), Layout(pp=2, vpp=2, dp=2, ep=2),
             Layout(dp=3, ep=3),
         )),

@@ -25,7 +25,7 @@ SLOW += [
     ("qwen2_moe", Layout(tp=2, dp=2, ep=2)), ("qwen2_moe", Layout(pp=2, dp=2, ep=2)), ("mixtral", Layout(cp=2, ep=2)), ("mixtral", Layout(tp=2)),
     ("qwen3_moe", Layout(pp=2, vpp=2, dp=2, ep=2)), ("qwen3_moe", Layout(dp=2)),
 ]  # fmt: skip
-RUNS = [*FAST, *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW)]
+RUNS = [*FAST, *(pytest.param(*run, marks=pytest.mark.long) for run in SLOW)]
 TARGETS = {
     "experts": Target(num_moe_experts=4),
     "neurons": Target(moe_ffn_hidden_size=12),

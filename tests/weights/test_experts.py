@@ -31,8 +31,8 @@ FURTHER = (
 )  # fmt: skip
 
 
-def slow(layouts):
-    return [pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
+def long(layouts):
+    return [pytest.param(layout, marks=pytest.mark.long) for layout in layouts]
 
 
 def with_experts():
@@ -88,7 +88,7 @@ def test_over_expert_ranks_logits_are_those_of_transformers_and_what_goes_in_com
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [*OTHERS, *slow(FURTHER)], ids=str)
+@pytest.mark.parametrize("layout", [*OTHERS, *long(FURTHER)], ids=str)
 def test_every_layout_gives_the_logits_of_transformers(layout, folders, expected):
     check(on_ranks(logits_at, layout, folders, None), expected)
 
@@ -105,7 +105,7 @@ def uneven_work(world, folder):
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), *slow([Layout(dp=2, ep=2, pp=2), Layout(dp=2, ep=2, tp=2, sp=True)])], ids=str)
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), *long([Layout(dp=2, ep=2, pp=2), Layout(dp=2, ep=2, tp=2, sp=True)])], ids=str)
 def test_replicas_with_less_to_do_pass_along_with_those_that_share_their_experts(layout, folders, alone):
     folder = folders["qwen2_moe.mixed"]
     loss, tokens, without, written = uneven_work(alone, folder)
@@ -158,7 +158,7 @@ def gradients_of(folder):
         (Layout(dp=2, ep=2), "none"),
         (Layout(tp=2, sp=True), "none"),
         *(
-            pytest.param(layout, recompute, marks=pytest.mark.slow)
+            pytest.param(layout, recompute, marks=pytest.mark.long)
             for layout, recompute in (
                 (Layout(), "none"), (Layout(tp=2), "selective"), (Layout(dp=2, ep=2), "selective"), (Layout(dp=2, ep=2), "full"),
                 (Layout(dp=2), "none"), (Layout(dp=4, ep=2), "none"), (Layout(tp=2, dp=2, ep=2), "none"), (Layout(tp=2, dp=2, ep=2, sp=True), "none"),
